@@ -1,0 +1,51 @@
+"""The errors a user can meet. Each message says what was expected, what came, and which knob to turn."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class LitZeroError(Exception):
+    """Base of every error that lit_zero raises on purpose."""
+
+
+class ConfigError(LitZeroError, ValueError):
+    """A setting is unknown, of the wrong type, without effect, or contradicts another one."""
+
+
+class UnsupportedError(ConfigError):
+    """The combination is meaningful but lit_zero cannot do it."""
+
+
+class CheckpointError(LitZeroError, RuntimeError):
+    """A checkpoint is missing, damaged, of another model, or from a newer format."""
+
+
+def did_you_mean(name: object, choices: Iterable[str]) -> str:
+    """Return a sentence naming the choices, led by the nearest one when there is a near one.
+
+    Args:
+        name: what the user wrote.
+        choices: the valid names, in the order in which they should be listed.
+    """
+    names = list(choices)
+    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+    hint = f"Did you mean {near[0]!r}? " if near else ""
+    return f"{hint}Choose one of: {', '.join(names)}."
+
+
+def check_choice(key: str, value: object, choices: Iterable[str]) -> None:
+    """Raise ``ConfigError`` unless ``value`` is one of ``choices``.
+
+    Args:
+        key: the name of the setting as the user types it, for example ``zero.stage``.
+        value: what the user gave.
+        choices: the valid names.
+
+    Raises:
+        ConfigError: naming the key, what came, and the nearest valid name.
+    """
+    names = list(choices)
+    if value not in names:
+        raise ConfigError(f"{key}={value!r} is not known. {did_you_mean(value, names)}")

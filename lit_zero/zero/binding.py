@@ -1,0 +1,322 @@
+"""The user's optimizer, pointed at flat master shards.
+
+``configure_optimizers`` sees real parameters. Afterwards each parameter group holds *segments* instead: runs of a lane's master that belong
+to the group. An element-wise optimizer does to a segment exactly what it would do to the parameters in it. Hyper-parameters stay in the
+user's group dictionaries, so schedulers work unchanged; state is translated to and from single parameters where a checkpoint asks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lit_zero.core.errors import CheckpointError, UnsupportedError
+from lit_zero.core.piece import ParamState, Piece
+from lit_zero.zero.lane import Lane
+from lit_zero.zero.policy import Placement
+
+
+@dataclass(eq=False)
+class Segment:
+    """A run of one lane's master that one parameter group updates.
+
+    Attributes:
+        lane: where it lies.
+        first: first element, counted from the start of the lane's master.
+        last: one past the last.
+        param: what the optimizer holds, a view of the master of shape ``[last - first]``.
+    """
+
+    lane: Lane
+    first: int
+    last: int
+    param: nn.Parameter
+
+
+class Binding:
+    """One optimizer and its segments.
+
+    Args:
+        optimizer: the user's optimizer; its groups are re-pointed.
+        names: for every group, the names of the parameters it was given, in order.
+        first_group: number of its first group, counted over all optimizers.
+        lanes: all trainable lanes.
+        shaped: give every parameter a segment of its own in its real shape (whole masters only): serves any optimizer.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        names: Sequence[Sequence[str]],
+        first_group: int,
+        lanes: Sequence[Lane],
+        shaped: bool = False,
+    ) -> None:
+        self.optimizer = optimizer
+        self.group_names = [list(group) for group in names]
+        self._first_group = first_group
+        groups = range(first_group, first_group + len(names))
+        self._lanes = [lane for lane in lanes if any(info.group in groups for info in lane.infos)]
+        self.segments: list[Segment] = []
+        self.granular = self._shaped = shaped
+        self._point(self._entries() if shaped else self._runs())
+
+    # ---- segments
+
+    def _runs(self) -> Iterable[tuple[Lane, int, int, int]]:
+        for lane in self._lanes:
+            for group, first, last in lane.layout.group_runs(lane.master_start, lane.master_end):
+                yield lane, group, first, last
+
+    def _entries(self) -> Iterable[tuple[Lane, int, int, int]]:
+        for lane in self._lanes:
+            for part in lane.master_overlaps():
+                if part.length:
+                    yield lane, part.entry.group, part.local, part.local + part.length
+
+    def _point(self, runs: Iterable[tuple[Lane, int, int, int]]) -> None:
+        self.segments = []
+        for group in self.optimizer.param_groups:
+            group["params"] = []
+        for lane, group, first, last in runs:
+            number = group - self._first_group
+            if 0 <= number < len(self.group_names):
+                view = lane.master[first:last]
+                if self._shaped:
+                    view = view.view(next(e.shape for e in lane.layout.entries if e.offset == first))
+                segment = Segment(lane, first, last, nn.Parameter(view))
+                self.segments.append(segment)
+                self.optimizer.param_groups[number]["params"].append(segment.param)
+
+    def split(self) -> None:
+        """Give every parameter a segment of its own, so that single parameters can be left out of a step; state moves along."""
+        if self.granular:
+            return
+        before, state = self.segments, self.optimizer.state
+        self.granular = True
+        self._point(self._entries())
+        for segment in self.segments:
+            for old in before:
+                if old.lane is segment.lane and old.first <= segment.first and segment.last <= old.last and old.param in state:
+                    cut = slice(segment.first - old.first, segment.last - old.first)
+                    state[segment.param] = {
+                        key: value[cut].clone() if _is_elementwise(value, old.param) else _copy(value) for key, value in state[old.param].items()
+                    }
+        for old in before:
+            state.pop(old.param, None)
+
+    # ---- gradients
+
+    @property
+    def cleared(self) -> bool:
+        """Whether the optimizer holds no gradients (``zero_grad`` has been called, or nothing has been reduced yet)."""
+        return all(segment.param.grad is None for segment in self.segments)
+
+    def attach(self, unreached: set[str]) -> None:
+        """Hand the reduced gradients to the optimizer.
+
+        Args:
+            unreached: parameters that no rank's loss has reached; they get no gradient, as in one process.
+        """
+        grads: dict[Lane, torch.Tensor] = {}
+        for segment in self.segments:
+            if unreached and self._name(segment) in unreached:
+                segment.param.grad = None
+                continue
+            if segment.lane not in grads:
+                grads[segment.lane] = segment.lane.master_grad()
+            segment.param.grad = grads[segment.lane][segment.first : segment.last].view_as(segment.param)
+
+    def _name(self, segment: Segment) -> str | None:
+        """Return the parameter that a granular segment is part of."""
+        position = segment.lane.master_start + segment.first
+        return next((e.name for e in segment.lane.layout.entries if e.offset <= position < e.end), None)
+
+    def own_grads(self) -> list[torch.Tensor]:
+        """Return the gradients of the elements that this rank owns; over all ranks every element comes once."""
+        grads = []
+        for segment in self.segments:
+            grad = segment.param.grad
+            if grad is None:
+                continue
+            if segment.lane.row.optimizer is Placement.REPLICATE:
+                lo = max(segment.first, segment.lane.start)
+                hi = min(segment.last, segment.lane.end)
+                if lo >= hi:
+                    continue
+                grad = grad.view(-1)[lo - segment.first : hi - segment.first]
+            grads.append(grad)
+        return grads
+
+    # ---- state, parameter by parameter
+
+    def describe(self) -> dict[str, tuple[dict[str, torch.dtype], dict[str, Any]]]:
+        """Return, for every parameter with state on this rank, ``({tensor key: dtype}, {scalar key: value})``."""
+        found = {}
+        for segment, part in self._parts():
+            state = self.optimizer.state.get(segment.param)
+            if state:
+                tensors = {key: value.dtype for key, value in state.items() if _is_elementwise(value, segment.param)}
+                found[part.entry.name] = (tensors, {key: value for key, value in state.items() if key not in tensors})
+        return found
+
+    def states(self, described: dict[str, tuple[dict[str, torch.dtype], dict[str, Any]]], whole_if_replicated: bool) -> list[ParamState]:
+        """Return every parameter's state as pieces of this rank.
+
+        Args:
+            described: the union of all ranks' ``describe()``.
+            whole_if_replicated: a replicated state gives its whole range instead of the rank's own part.
+        """
+        pieces: dict[str, dict[str, Piece]] = {}
+        for segment, part in self._parts():
+            lane, entry = segment.lane, part.entry
+            lo, hi = max(part.local, segment.first), min(part.local + part.length, segment.last)
+            if lane.row.optimizer is Placement.REPLICATE and not whole_if_replicated:
+                lo, hi = max(lo, lane.start), min(hi, lane.end)
+            if lo >= hi:
+                continue
+            for key, value in self.optimizer.state.get(segment.param, {}).items():
+                if _is_elementwise(value, segment.param):
+                    start = lane.master_start + lo - entry.offset
+                    data = value.view(-1)[lo - segment.first : hi - segment.first]
+                    pieces.setdefault(entry.name, {})[key] = Piece(entry.name, entry.shape, start, data)
+        shapes = {entry.name: (entry.shape, lane.device) for lane in self._lanes for entry in lane.layout.entries}
+        result = []
+        for index, name in enumerate(name for group in self.group_names for name in group):
+            if name not in described or name not in shapes:
+                continue
+            dtypes, scalars = described[name]
+            shape, device = shapes[name]
+            nothing = {key: Piece(name, shape, 0, torch.empty(0, dtype=dtype, device=device)) for key, dtype in dtypes.items()}
+            result.append(ParamState(index, name, {**nothing, **pieces.get(name, {})}, dict(scalars)))
+        return result
+
+    def prepare_states(self, described: dict[str, tuple[dict[str, torch.dtype], dict[str, Any]]]) -> None:
+        """Allocate the state that ``described`` tells of, so that ``states`` gives destinations to load into."""
+        for segment in self.segments:
+            inside = [described.get(part.entry.name) for seg, part in self._parts() if seg is segment]
+            if any(not _same(inside[0], other) for other in inside[1:]):
+                self.split()  # parameters of one run have taken different numbers of steps
+                break
+        self.optimizer.state.clear()
+        for segment, part in self._parts():
+            found = described.get(part.entry.name)
+            if found is not None and segment.param not in self.optimizer.state:
+                dtypes, scalars = found
+                self.optimizer.state[segment.param] = self._empty_state(segment, dtypes, scalars)
+
+    def _empty_state(self, segment: Segment, dtypes: dict[str, torch.dtype], scalars: dict[str, Any]) -> dict[str, Any]:
+        """Return zeros for the state tensors of ``segment``, in its dtype as torch does on loading, and the scalars where the step wants them."""
+        group = next(g for g in self.optimizer.param_groups if any(p is segment.param for p in g["params"]))
+        on_device = group.get("fused") or group.get("capturable")
+        state: dict[str, Any] = {}
+        for key, dtype in dtypes.items():
+            dtype = segment.param.dtype if dtype.is_floating_point else dtype
+            state[key] = torch.zeros_like(segment.param, dtype=dtype, requires_grad=False)
+        for key, value in scalars.items():
+            value = _copy(value)
+            state[key] = value.to(segment.param.device) if on_device and isinstance(value, torch.Tensor) else value
+        return state
+
+    def _parts(self) -> Iterable[tuple[Segment, Any]]:
+        """Yield every segment with every parameter that has elements in it."""
+        for segment in self.segments:
+            for part in segment.lane.master_overlaps():
+                if part.length and part.local < segment.last and part.local + part.length > segment.first:
+                    yield segment, part
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Return the parameter groups as torch's ``state_dict`` has them: hyper-parameters, and indices for ``params``."""
+        result, index = [], 0
+        for group, names in zip(self.optimizer.param_groups, self.group_names, strict=True):
+            result.append({**{k: v for k, v in group.items() if k != "params"}, "params": list(range(index, index + len(names)))})
+            index += len(names)
+        return result
+
+    def load_groups(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Take over hyper-parameters from a ``state_dict``'s groups.
+
+        Raises:
+            CheckpointError: if the number or size of groups differs.
+        """
+        came, expected = [len(g["params"]) for g in groups], [len(n) for n in self.group_names]
+        if came != expected:
+            raise CheckpointError(
+                f"The checkpoint's optimizer has parameter groups of {came} parameters, this run's configure_optimizers gives {expected}. "
+                "Load with the same groups, or load only the weights."
+            )
+        for mine, theirs in zip(self.optimizer.param_groups, groups, strict=True):
+            mine.update({key: value for key, value in theirs.items() if key != "params"})
+
+
+def _is_elementwise(value: Any, param: torch.Tensor) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape == param.shape
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) else value
+
+
+def _same(one: Any, other: Any) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one[0] == other[0] and one[1].keys() == other[1].keys() and all(bool(one[1][k] == other[1][k]) for k in one[1])
+
+
+def require_elementwise(optimizer: torch.optim.Optimizer) -> None:
+    """Check that the optimizer does to a flat run what it does to the parameters in it.
+
+    A probe takes two steps on a small matrix and on the two halves of its flattened elements; the results must agree bit for bit.
+
+    Raises:
+        UnsupportedError: if they do not, or if the optimizer cannot be probed.
+    """
+    name = type(optimizer).__name__
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise UnsupportedError(f"{name} evaluates the loss several times per step and works on all parameters at once; lit_zero cannot shard it. Use zero.stage='none', or another optimizer.")
+    generator = torch.Generator().manual_seed(0)
+    start, grads = torch.randn(4, 6, generator=generator), torch.randn(2, 4, 6, generator=generator)
+    cut = 10
+    try:
+        matrix = _probe(optimizer, [start.clone()], [[g] for g in grads])[0].flatten()
+        pieces = _probe(
+            optimizer,
+            [start.flatten()[:cut].clone(), start.flatten()[cut:].clone()],
+            [[g.flatten()[:cut], g.flatten()[cut:]] for g in grads],
+        )
+    except Exception as error:
+        raise UnsupportedError(
+            f"lit_zero could not find out whether {name} is element-wise: a copy of it could not step on a 4x6 matrix ({type(error).__name__}: {error}). "
+            "Sharded stages need an element-wise optimizer (AdamW, SGD, Lion, ...); zero.stage='none' takes any."
+        ) from error
+    if not torch.equal(matrix, torch.cat(pieces)):
+        raise UnsupportedError(
+            f"{name} is not element-wise: a step on a matrix differs from the same step on its flattened parts, so sharding would change the result. "
+            "Use an element-wise optimizer (AdamW, SGD, Lion, ...), or zero.stage='none'."
+        )
+
+
+def _probe(optimizer: torch.optim.Optimizer, values: list[torch.Tensor], grads: list[list[torch.Tensor]]) -> list[torch.Tensor]:
+    """Step a copy of ``optimizer`` on ``values`` and return what they become."""
+    params = [nn.Parameter(value) for value in values]
+    group = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
+    for key, value in group.items():
+        if isinstance(value, torch.Tensor):
+            group[key] = value.detach().cpu().clone()
+    copy = object.__new__(type(optimizer))
+    copy.__dict__.update({k: v for k, v in vars(optimizer).items() if not isinstance(v, torch.Tensor)})
+    fresh: dict[str, Any] = {"state": type(optimizer.state)(dict) if optimizer.state is not None else {}, "param_groups": [{**group, "params": params}]}
+    copy.__setstate__({**vars(copy), **fresh})
+    for name in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
+        if name in vars(copy):
+            vars(copy)[name] = type(vars(copy)[name])()
+    step: Callable[..., Any] = type(copy).step
+    for row in grads:
+        for param, grad in zip(params, row, strict=True):
+            param.grad = grad.clone()
+        step(copy)
+    return [param.detach() for param in params]

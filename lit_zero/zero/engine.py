@@ -1,0 +1,507 @@
+"""The ZeRO engine: one mechanism for all stages.
+
+A training step, from the engine's side:
+
+1. *Forward.* Before a unit's module runs, its full parameters are brought (``gathering``); the next unit is requested meanwhile.
+2. *Backward.* Before a unit's backward, sharded parameters are brought again; gradients land in flat buffers and are reduced over the
+   ranks unit by unit (``reducing``).
+3. *Step.* The user's optimizer updates this rank's master shards (``binding``); what other ranks hold of the parameters is old from then on.
+
+Parameters keep their identity and shape throughout; only the memory behind them is ours (``lane``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from lit_zero.comm.exchange import Exchange
+from lit_zero.core.errors import LitZeroError
+from lit_zero.core.nested import tensors_in
+from lit_zero.core.piece import ParamState, Piece
+from lit_zero.precision.policy import Lowering
+from lit_zero.zero.binding import Binding, require_elementwise
+from lit_zero.zero.gathering import Gatherer
+from lit_zero.zero.lane import Lane, ParamInfo
+from lit_zero.zero.materialize import materialize, on_meta
+from lit_zero.zero.policy import Placement, Zero
+from lit_zero.zero.reducing import Reducer
+from lit_zero.zero.unit import Parameters, Unit
+from lit_zero.zero.units import UnitPlan, plan_units
+
+
+class Engine:
+    """Shards a module and its optimizers over the ranks of an exchange. All ranks must build it together.
+
+    Args:
+        model: the whole module, on any device, or (partly) on the meta device.
+        optimizers: made on ``model``'s parameters; their groups are re-pointed to master shards.
+        zero: stage, units, slots.
+        exchange: the data-parallel ranks, see :func:`lit_zero.comm.open.open_exchange`.
+        device: where the model computes.
+        lowering: dtypes of the run.
+        training: gradients will be needed; off, every parameter is treated as frozen.
+
+    Attributes:
+        parameter_count: elements of all managed parameters, over all ranks.
+        exchange: carries and counts the bytes.
+
+    Raises:
+        UnsupportedError: if a parameter, module or optimizer cannot be managed; the message names it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: Sequence[torch.optim.Optimizer] = (),
+        *,
+        zero: Zero,
+        exchange: Exchange,
+        device: torch.device | str = "cpu",
+        lowering: Lowering | None = None,
+        training: bool = True,
+    ) -> None:
+        self.model, self.zero, self.exchange, self.device = model, zero, exchange, torch.device(device)
+        self.row = zero.row.over(exchange.size)
+        self._lowering = lowering or Lowering()
+        self._handles: list[RemovableHandle] = []
+        plans = plan_units(model, zero.units, self._lowering)
+        infos = {info.name: info for plan in plans for info in plan.infos}
+        for info in infos.values():
+            info.trainable = info.trainable and training
+        self.training = training
+        self.aliases = {alias: info.name for info in infos.values() for alias in info.aliases}
+        self.parameter_count = sum(info.param.numel() for info in infos.values())
+        grouped = self._number_groups(optimizers, infos)
+        self.units = [self._build(plan, number) for number, plan in enumerate(plans)]
+        self.root = self.units[0]
+        self._fill(infos)
+        slots = zero.slots or 2
+        self._gatherer = Gatherer(self.units, exchange, slots, self.device, zero.poison)
+        self._reducer = Reducer(self.units, exchange, self.device)
+        trainable = [lane for unit in self.units for lane in unit.trainable]
+        self.bindings = [self._bind(optimizer, names, first, trainable) for optimizer, names, first in grouped]
+        self._in_backward = False
+        self._partial: bool | None = None  # some parameters are not reached by the loss; unknown before the first backward
+        self._buffer_versions: list[int] = []
+        self._install_hooks()
+
+    # ---- construction
+
+    def _number_groups(
+        self, optimizers: Sequence[torch.optim.Optimizer], infos: dict[str, ParamInfo]
+    ) -> list[tuple[torch.optim.Optimizer, list[list[str]], int]]:
+        """Give every parameter the number of its group; return each optimizer with its groups' names and first number."""
+        by_param = {info.param: info for info in infos.values()}
+        names_of = {param: name for name, param in self.model.named_parameters()}
+        grouped, first = [], 0
+        for optimizer in optimizers:
+            names = []
+            for number, group in enumerate(optimizer.param_groups):
+                foreign = [tuple(p.shape) for p in group["params"] if p not in names_of]
+                if foreign:
+                    raise LitZeroError(
+                        f"{type(optimizer).__name__} holds a parameter of shape {foreign[0]} that is not a parameter of the module. "
+                        "Build optimizers from self.parameters() or self.named_parameters()."
+                    )
+                names.append([names_of[p] for p in group["params"]])
+                for param in group["params"]:
+                    if param in by_param:  # zero-sized parameters have no memory to manage
+                        by_param[param].group = first + number
+            grouped.append((optimizer, names, first))
+            first += len(names)
+        return grouped
+
+    def _build(self, plan: UnitPlan, index: int) -> Unit:
+        kinds: dict[tuple[Any, ...], list[ParamInfo]] = {}
+        for info in plan.infos:
+            if not info.trainable and self.row.optimizer is Placement.REPLICATE:
+                info.compute_dtype = info.master_dtype  # a second copy would save nothing
+            kinds.setdefault((info.trainable, info.compute_dtype, info.master_dtype), []).append(info)
+        hold = (self.zero.accumulate or self.row.accumulate) == "hold" or self.row.optimizer is Placement.REPLICATE
+        lanes = [
+            Lane(
+                sorted(infos, key=lambda info: info.group),
+                self.row,
+                self.exchange.rank,
+                self.exchange.size,
+                self.device,
+                self._lowering.gradient_dtype(infos[0].compute_dtype, infos[0].master_dtype),
+                hold,
+            )
+            for infos in kinds.values()
+        ]
+        return Unit(plan.name, index, plan.module, lanes, plan.outer)
+
+    def _fill(self, infos: dict[str, ParamInfo]) -> None:
+        """Move every parameter's value into its lane and the parameter onto the lane's memory."""
+        places = {info.name: (lane, index) for lane in self.lanes for index, info in enumerate(lane.infos)}
+        meta = on_meta(self.model)
+        for name, (lane, index) in places.items():
+            if name not in meta:
+                value = lane.infos[index].param.data.to(self.device)
+                self.exchange.broadcast(value)
+                lane.store(index, value)
+
+        def sink(name: str, value: torch.Tensor) -> None:
+            name = self.aliases.get(name, name)
+            if name in places:
+                lane, index = places[name]
+                lane.store(index, value)
+
+        materialize(self.model, self.device, self.exchange, sink)
+        for buffer in self.model.buffers():
+            buffer.data = buffer.data.to(self.device)
+            self.exchange.broadcast(buffer.data)
+        for lane in self.lanes:
+            if lane.full is not None:
+                lane.seat(lane.full)
+            for info in lane.infos:
+                info.param.grad = None
+
+    def _bind(self, optimizer: torch.optim.Optimizer, names: list[list[str]], first: int, lanes: list[Lane]) -> Binding:
+        shaped = False
+        try:
+            require_elementwise(optimizer)
+        except LitZeroError:
+            if self.row.optimizer is Placement.SHARD or isinstance(optimizer, torch.optim.LBFGS):
+                raise
+            shaped = True
+        binding = Binding(optimizer, names, first, lanes, shaped)
+        self._handles.append(optimizer.register_step_post_hook(lambda *_: self._stepped()))
+        return binding
+
+    def _install_hooks(self) -> None:
+        for unit in self.units:
+            if unit is not self.root:
+                self._hook_forward(unit)
+            for lane in unit.trainable:
+                for index, info in enumerate(lane.infos):
+                    hook = self._landing_hook(unit, lane, index)
+                    self._handles.append(info.param.register_post_accumulate_grad_hook(hook))
+        self._handles.append(self.model.register_forward_pre_hook(self._before_model, prepend=True))
+
+    def _before_model(self, *_: Any) -> None:
+        self.begin_forward()
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Engine | None:
+        """Return the engine that manages ``model``, if there is one."""
+        for hook in model._forward_pre_hooks.values():
+            owner = getattr(hook, "__self__", None)
+            if isinstance(owner, cls):
+                return owner
+        return None
+
+    def _hook_forward(self, unit: Unit) -> None:
+        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+            self._before_forward(unit, args, kwargs)
+
+        def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            self._after_forward(unit, output)
+
+        self._handles.append(unit.module.register_forward_pre_hook(before, prepend=True, with_kwargs=True))
+        if unit.sharded:
+            self._handles.append(unit.module.register_forward_hook(after, with_kwargs=True))
+
+    def detach(self) -> None:
+        """Give the module back: full parameters on every rank, no hooks. Needs memory for the whole model. All ranks together."""
+        for unit in self.units:
+            self._gatherer.need(unit)
+            if unit.sharded:
+                for lane in unit.lanes:
+                    for info in lane.infos:
+                        info.param.data = info.param.data.clone()
+                unit.state = Parameters.STALE
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.exchange.close()
+
+    # ---- forward
+
+    @property
+    def lanes(self) -> list[Lane]:
+        """All lanes of all units."""
+        return [lane for unit in self.units for lane in unit.lanes]
+
+    def begin_forward(self) -> None:
+        """Make the root unit whole; call it before anything of the module runs that does not go through ``model.forward``."""
+        if _graph_is_running():
+            return
+        self._gatherer.new_forward()
+        self._gatherer.need(self.root)
+        self._share_buffers()
+
+    def _share_buffers(self) -> None:
+        """Let rank 0's buffers (batch statistics) stand for all, as DDP does; nothing is sent while no buffer changes."""
+        if self.exchange.size == 1:
+            return
+        buffers = list(self.model.buffers())
+        versions = [buffer._version if not buffer.is_inference() else 0 for buffer in buffers]
+        if self._buffer_versions and versions != self._buffer_versions:
+            for buffer in buffers:
+                self.exchange.broadcast(buffer.data)
+        self._buffer_versions = versions
+
+    def _before_forward(self, unit: Unit, args: Any, kwargs: Any) -> None:
+        if _graph_is_running():  # a checkpointed segment runs again, inside the backward
+            unit.recomputed = True
+            self._gatherer.need(unit, recomputing=True)
+        else:
+            unit.calls += 1
+            if not unit.sharded:
+                self._gatherer.need(unit)
+                return
+            self._gatherer.forward_begins(unit)
+        if unit.sharded and torch.is_grad_enabled():
+            self._watch_inputs(unit, [t for t in chain(tensors_in(args), tensors_in(kwargs)) if t.requires_grad])
+
+    def _watch_inputs(self, unit: Unit, inputs: list[torch.Tensor]) -> None:
+        """Let the unit go when the gradients of all its inputs are known: nothing can read its parameters in this backward any more."""
+        left = len(inputs)
+
+        def known(grad: torch.Tensor) -> None:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                self._gatherer.backward_ends(unit)
+
+        for tensor in inputs:
+            tensor.register_hook(known)
+
+    def _after_forward(self, unit: Unit, output: Any) -> None:
+        if torch.is_grad_enabled():
+            for tensor in tensors_in(output):
+                if tensor.requires_grad:
+                    tensor.register_hook(lambda _: self._gatherer.backward_begins(unit))
+        if _graph_is_running():
+            self._gatherer.release(unit)
+        else:
+            self._gatherer.forward_ends(unit)
+
+    # ---- backward
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Run the backward of ``loss`` and leave the reduced gradients with the optimizers."""
+        self.begin_backward()
+        loss.backward()
+        self.end_backward()
+
+    def begin_backward(self) -> None:
+        """Call this right before a backward."""
+        self._in_backward = True
+        self._reducer.begin(fresh=all(binding.cleared for binding in self.bindings))
+
+    def end_backward(self) -> None:
+        """Call this right after a backward; returns when the gradients are reduced."""
+        self._reducer.end()
+        self._in_backward = False
+        for unit in self.units:
+            self._gatherer.backward_ends(unit)
+            unit.calls = 0
+        unreached = set() if self._reducer.deferred else self._unreached()
+        for binding in self.bindings:
+            if unreached:
+                binding.split()
+            binding.attach(unreached)
+
+    @contextlib.contextmanager
+    def no_reduce(self) -> Iterator[None]:
+        """Inside, a backward is one of several micro-batches of a step and not the last."""
+        self._reducer.deferred = True
+        try:
+            yield
+        finally:
+            self._reducer.deferred = False
+
+    def _landing_hook(self, unit: Unit, lane: Lane, index: int) -> Callable[[torch.Tensor], None]:
+        def landed(param: torch.Tensor) -> None:
+            grad, param.grad = param.grad, None
+            assert grad is not None
+            if not self._in_backward:  # the user called loss.backward() without us
+                self.begin_backward()
+                torch.autograd.Variable._execution_engine.queue_callback(self.end_backward)
+            if grad.is_sparse:
+                raise LitZeroError(f"The gradient of {lane.infos[index].name!r} is sparse; lit_zero reduces dense gradients. Use nn.Embedding(..., sparse=False).")
+            if unit.sharded and unit.state is not Parameters.WHOLE:
+                raise LitZeroError(
+                    f"The backward of {unit.title} ran while its parameters were not there, so {lane.infos[index].name!r} got a wrong gradient: "
+                    "its output reaches the loss through an object that lit_zero cannot look into. Return tensors, containers or dataclasses of "
+                    "tensors from it, or keep it out of zero.units."
+                )
+            if self._reducer.land(unit, lane, index, grad):
+                if not unit.has_frozen:
+                    self._gatherer.backward_ends(unit)
+                self._reducer.complete(unit)
+
+        return landed
+
+    def _unreached(self) -> set[str]:
+        """Return the parameters that the loss of no rank has reached since gradients were dropped.
+
+        Whether there are any is agreed after the first backward. If there are, ranks compare after every backward; if there are none, a
+        parameter that stays out later counts as a zero gradient.
+        """
+        if self._partial is False and self.exchange.size > 1:
+            return set()
+        lanes = [lane for unit in self.units for lane in unit.trainable]
+        names = [info.name for lane in lanes for info in lane.infos]
+        reached = torch.tensor([flag for lane in lanes for flag in lane.reached], dtype=torch.uint8, device=self.device)
+        if self.exchange.size > 1:
+            reached = self.exchange.maximum(reached)
+        unreached = {name for name, flag in zip(names, reached.tolist(), strict=True) if not flag}
+        if self._partial is None:
+            self._partial = bool(unreached)
+        return unreached
+
+    # ---- step
+
+    def step(self) -> None:
+        """Step every optimizer and drop the gradients."""
+        for binding in self.bindings:
+            binding.optimizer.step()
+        for binding in self.bindings:
+            binding.optimizer.zero_grad()
+
+    def _stepped(self) -> None:
+        """The optimizer has changed this rank's masters."""
+        self._check_seats()
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Make the masters' present values the parameters: call it after anything has written to the masters. All ranks together."""
+        for lane in self.lanes:
+            lane.publish()
+        if self.row.optimizer is Placement.SHARD:
+            self._gatherer.invalidate()
+            self._gatherer.refresh_replicated()
+
+    def _check_seats(self) -> None:
+        for lane in self.lanes:
+            name = lane.displaced()
+            if name is not None:
+                raise LitZeroError(
+                    f"The memory of parameter {name!r} was replaced after setup (by .to(), load_state_dict(assign=True) or p.data = ...); "
+                    "the optimizer would train a copy that nothing reads. Do that before setup, in __init__ or configure_model."
+                )
+
+    def grad_norm(self, norm_type: float = 2.0) -> torch.Tensor:
+        """Return the norm of all reduced gradients, over all parameters and ranks; 0-d, fp32 (fp64 for fp64 gradients), equal on every rank.
+
+        Every gradient element counts once, and partial sums are added in rank order, so that all stages get the same bits.
+        """
+        grads = [grad for binding in self.bindings for grad in binding.own_grads()]
+        dtype = torch.float64 if any(lane.master_dtype == torch.float64 for lane in self.lanes) else torch.float32
+        if norm_type == float("inf"):
+            peaks = [grad.abs().amax() for grad in grads if grad.numel()]
+            peak = torch.stack(peaks).amax() if peaks else torch.zeros((), device=self.device)
+            return self.exchange.maximum(peak.to(dtype))
+        powers = [torch.linalg.vector_norm(grad, norm_type, dtype=torch.float64) ** norm_type for grad in grads if grad.numel()]
+        total = torch.stack(powers).sum() if powers else torch.zeros((), dtype=torch.float64, device=self.device)
+        return (self.exchange.sum_in_rank_order(total) ** (1.0 / norm_type)).to(dtype)
+
+    def clip_grad_norm(self, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
+        """Scale the gradients so that their norm is at most ``max_norm``; return the norm before."""
+        norm = self.grad_norm(norm_type)
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
+        torch._foreach_mul_(self._grads(), factor)
+        return norm
+
+    def clip_grad_value(self, max_value: float) -> None:
+        """Clamp every gradient element to ``[-max_value, max_value]``."""
+        for grad in self._grads():
+            grad.clamp_(-max_value, max_value)
+
+    def _grads(self) -> list[torch.Tensor]:
+        return [s.param.grad for binding in self.bindings for s in binding.segments if s.param.grad is not None]
+
+    # ---- what others may ask
+
+    def parameter_pieces(self, whole_if_replicated: bool = False) -> list[Piece]:
+        """Return this rank's part of every parameter's master copy, in the same order on every rank.
+
+        Args:
+            whole_if_replicated: a replicated master gives its whole range, as a destination to load into; else every element belongs to
+                exactly one rank.
+        """
+        pieces = []
+        for lane in self.lanes:
+            whole = self.row.optimizer is Placement.REPLICATE and whole_if_replicated
+            start, end = (0, lane.numel) if whole else (lane.start, lane.end)
+            shift = start - lane.master_start
+            for part in lane.layout.overlaps(start, end):
+                first = part.local + shift
+                pieces.append(Piece(part.entry.name, part.entry.shape, part.start, lane.master[first : first + part.length]))
+        return pieces
+
+    def describe_states(self, index: int, gather: Callable[[Any], list[Any]]) -> dict[str, Any]:
+        """Return which state optimizer ``index`` has for which parameter, over all ranks.
+
+        Args:
+            index: number of the optimizer.
+            gather: returns every rank's value of an object, in rank order.
+        """
+        described: dict[str, Any] = {}
+        for found in gather(self.bindings[index].describe()):
+            described.update(found)
+        return described
+
+    def optimizer_pieces(self, index: int, described: dict[str, Any], whole_if_replicated: bool = False) -> list[ParamState]:
+        """Return this rank's part of optimizer ``index``'s state, see :meth:`parameter_pieces`."""
+        return self.bindings[index].states(described, whole_if_replicated)
+
+    def wait_for_parameters(self) -> None:
+        """Return when replicated parameters are up to date; sharded ones stay where they are."""
+        for unit in self.units:
+            if not unit.sharded:
+                self._gatherer.need(unit)
+
+    @contextlib.contextmanager
+    def whole_parameters(self, unit: Unit) -> Iterator[None]:
+        """Inside, ``unit``'s full parameters may be read. All ranks together."""
+        unit.active += 1
+        self._gatherer.need(unit)
+        try:
+            yield
+        finally:
+            unit.active -= 1
+            self._gatherer.release(unit)
+
+    def model_state_bytes(self) -> dict[str, int]:
+        """Return the live bytes on this rank, counted from storages.
+
+        Returns:
+            ``parameter``, ``master``, ``gradient`` and ``optimizer``: the model states of the ZeRO paper, each storage counted once.
+            ``slots``: buffers in which gathered parameters and landing gradients take turns.
+        """
+        seen: set[int] = set()
+
+        def count(tensors: Sequence[torch.Tensor]) -> int:
+            total = 0
+            for tensor in tensors:
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in seen and storage.nbytes():
+                    seen.add(storage.data_ptr())
+                    total += storage.nbytes()
+            return total
+
+        found = {"parameter": 0, "master": 0, "gradient": 0}
+        for lane in self.lanes:
+            for kind, tensors in lane.state_tensors().items():
+                found[kind] += count(tensors)
+        states = [v for b in self.bindings for s in b.optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor) and v.dim()]
+        found["optimizer"] = count(states)
+        found["slots"] = count([slot.buffer for slot in self._gatherer.slots] + self._reducer.buffers)
+        return found
+
+
+def _graph_is_running() -> bool:
+    """Return whether this runs inside a backward (a recomputation, seen from a module's forward)."""
+    return torch._C._current_graph_task_id() != -1

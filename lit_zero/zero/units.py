@@ -1,0 +1,136 @@
+"""Which modules' parameters travel together.
+
+A *unit* is a module whose parameters are gathered before it runs and reduced after its backward. The *root* unit holds what belongs to
+no other: parameters outside the units, parameters shared between units (tied weights), and it stays whole from forward to step.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from lit_zero.core.errors import ConfigError, UnsupportedError, did_you_mean
+from lit_zero.precision.policy import Lowering
+from lit_zero.zero.lane import ParamInfo
+from lit_zero.zero.policy import Units
+
+_LISTS = (nn.ModuleList, nn.Sequential)
+_LARGE_LIST = 0.1  # a list of blocks counts as large from this share of the largest list's parameters
+
+
+@dataclass
+class UnitPlan:
+    """One unit before it has memory.
+
+    Attributes:
+        name: module name, ``""`` for the root.
+        module: the module whose forward the parameters serve.
+        infos: its parameters.
+        outer: it contains other units, so it is in use while they are.
+    """
+
+    name: str
+    module: nn.Module
+    infos: list[ParamInfo] = field(default_factory=list)
+    outer: bool = False
+
+
+def plan_units(model: nn.Module, units: Units, lowering: Lowering) -> list[UnitPlan]:
+    """Divide the parameters of ``model`` into units: the root first, then the others in order of registration.
+
+    Args:
+        model: the whole module.
+        units: the user's choice, see :class:`~lit_zero.zero.policy.Zero`.
+        lowering: decides each parameter's compute dtype.
+
+    Raises:
+        ConfigError: if ``units`` names a module or class that does not exist.
+        UnsupportedError: if a parameter cannot be managed; it is named.
+    """
+    modules = dict(model.named_modules())
+    chosen = _choose(model, units)
+    plans = {name: UnitPlan(name, module) for name, module in modules.items() if name == "" or name in chosen}
+    for name, plan in plans.items():
+        prefix = f"{name}." if name else ""
+        plan.outer = name == "" or any(other != name and other.startswith(prefix) for other in plans)
+
+    canonical = {module: name for name, module in modules.items()}  # a module reached by several names has one home
+    names: dict[nn.Parameter, list[str]] = defaultdict(list)
+    homes: dict[nn.Parameter, set[str]] = defaultdict(set)
+    owners: dict[nn.Parameter, list[nn.Module]] = defaultdict(list)
+    for full_name, param in model.named_parameters(remove_duplicate=False):
+        owner = model.get_submodule(full_name.rpartition(".")[0])
+        names[param].append(full_name)
+        homes[param].add(_home(canonical[owner], plans))
+        owners[param].append(owner)
+    for param, found in names.items():
+        if param.numel() == 0:
+            continue
+        _check(found[0], param)
+        home = homes[param].pop() if len(homes[param]) == 1 else ""
+        compute = lowering.compute_dtype(param, owners[param])
+        plans[home].infos.append(
+            ParamInfo(found[0], param, compute, param.dtype, aliases=found[1:], trainable=param.requires_grad)
+        )
+    return [plan for plan in plans.values() if plan.infos or plan.name == ""]
+
+
+def _home(owner: str, plans: dict[str, UnitPlan]) -> str:
+    """Return the innermost unit that contains module ``owner``."""
+    while owner not in plans:
+        owner = owner.rpartition(".")[0]
+    return owner
+
+
+def _choose(model: nn.Module, units: Units) -> set[str]:
+    if isinstance(units, str):
+        return _repeated_blocks(model)
+    named = [(name, module) for name, module in model.named_modules() if name]
+    if callable(units):
+        return {name for name, module in named if units(name, module)}
+    chosen: set[str] = set()
+    classes = {type(module).__name__ for _, module in named}
+    for pattern in units:
+        found = {name for name, module in named if type(module).__name__ == pattern or fnmatch.fnmatchcase(name, pattern)}
+        if not found:
+            raise ConfigError(f"zero.units names {pattern!r}, but no module of that class or name exists. {did_you_mean(pattern, sorted(classes))}")
+        chosen |= found
+    return chosen
+
+
+def _repeated_blocks(model: nn.Module) -> set[str]:
+    """Return the names of the entries of every large outermost list that repeats one class of module with parameters."""
+    sizes: dict[str, int] = {}
+    entries: dict[str, list[str]] = {}
+    inside: set[str] = set()
+    for name, module in model.named_modules():
+        parent = name.rpartition(".")[0]
+        if parent in inside:  # only outermost lists: blocks are not cut into their own repeated parts
+            inside.add(name)
+            continue
+        if not isinstance(module, _LISTS):
+            continue
+        children = [(child, m) for child, m in module.named_children() if any(p.numel() for p in m.parameters())]
+        kinds = defaultdict(int)
+        for _, child in children:
+            kinds[type(child)] += 1
+        if max(kinds.values(), default=0) >= 2:
+            entries[name] = [f"{name}.{child}" if name else child for child, _ in children]
+            sizes[name] = sum(p.numel() for p in module.parameters())
+            inside.add(name)
+    largest = max(sizes.values(), default=0)
+    return {entry for name, size in sizes.items() if size >= _LARGE_LIST * largest for entry in entries[name]}
+
+
+def _check(name: str, param: nn.Parameter) -> None:
+    if isinstance(param, nn.parameter.UninitializedParameter):
+        raise UnsupportedError(f"Parameter {name!r} of a lazy module has no shape yet. Run one forward before training, or give the module its sizes.")
+    if type(param.data) is not torch.Tensor or param.layout is not torch.strided:
+        raise UnsupportedError(
+            f"Parameter {name!r} is a {type(param.data).__name__} of layout {param.layout}; lit_zero shards plain dense tensors. "
+            "Convert it before the strategy's setup."
+        )
