@@ -1,7 +1,7 @@
 """The collectives whose names torch changes between releases, under one name.
 
-torch 2.13 renames ``all_gather_into_tensor`` / ``reduce_scatter_tensor`` to ``all_gather_single`` / ``reduce_scatter_single`` and
-warns about the old names; torch 2.11 and 2.12 know only those.
+torch 2.13 renames ``all_gather_into_tensor`` / ``reduce_scatter_tensor`` to ``all_gather_single`` /
+``reduce_scatter_single`` and warns about the old names; torch 2.11 and 2.12 know only those.
 """
 
 from __future__ import annotations

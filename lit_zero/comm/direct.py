@@ -1,9 +1,9 @@
 """The exchange on CPU: ranks send to one another directly and add in rank order, beside the computation.
 
-gloo's own collectives are slow (its ``reduce_scatter`` is a clone, an all-reduce and a slice) and add in ring order. Here every rank
-sends each peer the part that the peer owns and adds what arrives in the order of the ranks, so a sum does not depend on who came
-first. One thread owns the exchange and takes the calls one after the other; the order of calls is the same on every rank, which is
-all the matching that messages need.
+gloo's own collectives are slow (its ``reduce_scatter`` is a clone, an all-reduce and a slice) and add in ring order.
+Here every rank sends each peer the part that the peer owns and adds what arrives in the order of the ranks, so a sum
+does not depend on who came first. One thread owns the exchange and takes the calls one after the other; the order of
+calls is the same on every rank, which is all the matching that messages need.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 
 from lit_zero.comm.exchange import Done, Exchange, Gather, Reduce, Ticket, finish_sum
+
+_CHUNK_BYTES = 1 << 20  # a sum works on chunks of this size: they stay in the cache between arriving and being added
 
 
 class _Pending:
@@ -35,14 +38,17 @@ class DirectExchange(Exchange):
     Args:
         group: a gloo process group that nothing else uses.
         overlap: run the calls on a thread of their own; else each call returns when it is complete.
+        reduce_dtype: 2-byte gradients are added in this dtype (``None``: in their own).
     """
 
-    def __init__(self, group: dist.ProcessGroup, overlap: bool = True) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup, overlap: bool = True, reduce_dtype: torch.dtype | None = torch.float32
+    ) -> None:
         super().__init__()
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self._group = group
         self._peers = [(self.rank + step) % self.size for step in range(1, self.size)]
-        self._scratch = torch.empty(0, dtype=torch.uint8)  # receives the peers' parts of one lane, [bytes]
+        self._reduce_dtype = reduce_dtype
         self._jobs: queue.SimpleQueue[tuple[Callable[[], None], Future[None]] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         if overlap:
@@ -109,28 +115,54 @@ class DirectExchange(Exchange):
     def _reduce(self, lanes: Sequence[Reduce]) -> None:
         for lane in lanes:
             parts = lane.full.view(self.size, -1)  # [world, n]
-            inbox = self._inbox(parts)
-            recvs = {peer: dist.irecv(inbox[peer], group=self._group, group_src=peer) for peer in self._peers}
-            sends = [dist.isend(parts[peer], group=self._group, group_dst=peer) for peer in self._peers]
-            total = parts[0] if self.rank == 0 else inbox[0]
-            for rank in range(self.size):
-                if rank in recvs:
-                    recvs[rank].wait()
-                if rank > 0:
-                    part = parts[rank] if rank == self.rank else inbox[rank]
-                    straight = rank == self.size - 1 and not lane.accumulate and lane.own.dtype == part.dtype
-                    total = _add(total, part, out=lane.own if straight else None)
-            finish_sum(lane, total)
-            _wait(sends)
+            self._sum(lane, parts)
             if lane.whole:
                 self._gather([Gather(lane.full, lane.own)])
 
-    def _inbox(self, parts: torch.Tensor) -> torch.Tensor:
-        """Return scratch like ``parts`` (shape ``[world, n]``); it is free again when the job is done."""
-        needed = parts.numel() * parts.element_size()
-        if self._scratch.numel() < needed:
-            self._scratch = torch.empty(needed, dtype=torch.uint8)
-        return self._scratch[:needed].view(parts.dtype).view(parts.shape)
+    def _sum(self, lane: Reduce, parts: torch.Tensor) -> None:
+        """Add the ranks' parts, chunk by chunk: the next chunk arrives while this one is added, and little memory is
+        needed.
+        """
+        size = max(_CHUNK_BYTES // parts.element_size(), 1)
+        chunks = [slice(first, min(first + size, parts.shape[1])) for first in range(0, parts.shape[1], size)]
+        inboxes = [torch.empty(self.size, min(size, parts.shape[1]), dtype=parts.dtype) for _ in chunks[:2]]
+        sends = [
+            dist.isend(parts[peer, chunk], group=self._group, group_dst=peer)
+            for chunk in chunks
+            for peer in self._peers
+        ]
+
+        def receive(number: int) -> dict[int, tuple[dist.Work | None, torch.Tensor]]:
+            chunk, inbox = chunks[number], inboxes[number % 2]
+            arriving = {peer: inbox[peer, : chunk.stop - chunk.start] for peer in self._peers}
+            return {
+                peer: (dist.irecv(part, group=self._group, group_src=peer), part) for peer, part in arriving.items()
+            }
+
+        coming = receive(0)
+        for number, chunk in enumerate(chunks):
+            here, coming = coming, receive(number + 1) if number + 1 < len(chunks) else {}
+            own = lane.own[chunk]
+            total = None
+            for rank in range(self.size):
+                if rank == self.rank:
+                    part = parts[rank, chunk]
+                else:
+                    work, part = here[rank]
+                    _wait([work])
+                straight = rank == self.size - 1 and not lane.accumulate and own.dtype == part.dtype
+                total = part if total is None else self._add(total, part, out=own if straight else None)
+            assert total is not None
+            finish_sum(replace(lane, own=own), total)
+        _wait(sends)
+
+    def _add(self, total: torch.Tensor, part: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+        """Return ``total + part``, in ``out`` if given, else in ``total``; 2-byte gradients are added in the
+        reduction's dtype.
+        """
+        if part.element_size() < 4 and self._reduce_dtype is not None:
+            return total.to(self._reduce_dtype).add_(part.to(self._reduce_dtype))
+        return torch.add(total, part, out=total if out is None else out)
 
     def _submit(self, job: Callable[[], None]) -> Ticket:
         if self._thread is None:
@@ -151,13 +183,6 @@ class DirectExchange(Exchange):
                 future.set_result(None)
             except BaseException as error:  # the caller's wait() raises it
                 future.set_exception(error)
-
-
-def _add(total: torch.Tensor, part: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
-    """Return ``total + part``, in ``out`` if given, else in ``total``; 2-byte gradients are added in fp32."""
-    if part.element_size() < 4:
-        return total.float().add_(part.float())
-    return torch.add(total, part, out=total if out is None else out)
 
 
 def _wait(works: Sequence[dist.Work | None]) -> None:

@@ -1,7 +1,8 @@
 """What the ZeRO engine asks of communication: gather flat parameters, reduce flat gradients, and count what was sent.
 
-An exchange moves *lanes*: a unit has one flat buffer per dtype, and all of a unit's lanes travel in one call. Calls are made in the
-same order on every rank and finish in that order. Buffers handed to a call belong to it until its ticket has been waited for.
+An exchange moves *lanes*: a unit has one flat buffer per dtype, and all of a unit's lanes travel in one call. Calls are
+made in the same order on every rank and finish in that order. Buffers handed to a call belong to it until its ticket
+has been waited for.
 """
 
 from __future__ import annotations
@@ -45,11 +46,13 @@ class Reduce:
     """One lane to sum over ranks and cut into shards.
 
     Attributes:
-        full: this rank's whole gradient, shape ``[world * n]``; its content is undefined afterwards, except ``own`` where it lies inside.
+        full: this rank's whole gradient, shape ``[world * n]``; its content is undefined afterwards, except ``own``
+            where it lies inside.
         own: receives this rank's part of the sum, shape ``[n]``, in its own dtype; may be the rank's slice of ``full``.
         scale: the sum is multiplied by this.
         accumulate: add to what ``own`` holds instead of overwriting it (``own`` must then lie outside ``full``).
-        whole: gather the summed parts back into ``full`` on every rank (an all-reduce); ``own`` must then be the slice of ``full``.
+        whole: gather the summed parts back into ``full`` on every rank (an all-reduce); ``own`` must then be the slice
+            of ``full``.
     """
 
     full: torch.Tensor
@@ -114,7 +117,9 @@ class Exchange:
         return Done()
 
     def sum_in_rank_order(self, value: torch.Tensor) -> torch.Tensor:
-        """Return the sum of a small tensor over all ranks; the order of addition is the rank order, so every rank gets the same bits."""
+        """Return the sum of a small tensor over all ranks; the order of addition is the rank order, so every rank
+        gets the same bits.
+        """
         return value
 
     def maximum(self, value: torch.Tensor) -> torch.Tensor:
@@ -136,6 +141,8 @@ def finish_sum(lane: Reduce, total: torch.Tensor) -> None:
         if lane.scale != 1.0:
             lane.own.mul_(lane.scale)
     elif lane.scale != 1.0:
-        torch.mul(total, lane.scale, out=lane.own) if total.dtype == lane.own.dtype else lane.own.copy_(total * lane.scale)
+        torch.mul(total, lane.scale, out=lane.own) if total.dtype == lane.own.dtype else lane.own.copy_(
+            total * lane.scale
+        )
     else:
         lane.own.copy_(total)

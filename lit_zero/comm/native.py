@@ -1,7 +1,7 @@
 """The exchange on GPUs: torch's own collectives on NCCL, on streams of their own.
 
-Parameters and gradients use one process group each, because calls on one NCCL communicator run one after the other. The class itself
-knows no NCCL: on a gloo group it runs without streams, which is how it is tested on CPU.
+Parameters and gradients use one process group each, because calls on one NCCL communicator run one after the other. The
+class itself knows no NCCL: on a gloo group it runs without streams, which is how it is tested on CPU.
 """
 
 from __future__ import annotations

@@ -17,10 +17,10 @@ def open_exchange(comm: Comm, device: torch.device, reduce_dtype: torch.dtype | 
     Args:
         comm: the user's choice.
         device: this rank's device.
-        reduce_dtype: dtype in which 2-byte gradients are summed, ``None`` for their own (NCCL; the direct exchange always adds in fp32).
+        reduce_dtype: dtype in which 2-byte gradients are summed, ``None`` for their own.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return Exchange()
     if device.type == "cuda":
         return NativeExchange(dist.new_group(), dist.new_group(), device, comm.overlap, reduce_dtype)
-    return DirectExchange(dist.new_group(backend="gloo"), comm.overlap)
+    return DirectExchange(dist.new_group(backend="gloo"), comm.overlap, reduce_dtype)

@@ -12,8 +12,9 @@ class Comm:
     """How parameters are gathered and gradients reduced.
 
     Args:
-        overlap: run the exchange beside the computation (a thread of its own on CPU, streams of their own on GPU). Off, every
-            exchange finishes before the computation goes on, which makes a profile easy to read; results are the same bit for bit.
+        overlap: run the exchange beside the computation (a thread of its own on CPU, streams of their own on GPU). Off,
+            every exchange finishes before the computation goes on, which makes a profile easy to read; results are the
+            same bit for bit.
 
     Raises:
         ConfigError: if ``overlap`` is not a bool.

@@ -1,8 +1,9 @@
-"""Where parameters lie in a flat buffer, and which part of it each rank owns. Integers only; no tensor, no process group.
+"""Where parameters lie in a flat buffer, and which part of it each rank owns. Integers only; no tensor, no process
+group.
 
-One flat buffer holds the parameters that travel together in one dtype. Its length is a multiple of the number of ranks, and rank ``r``
-owns the ``r``-th equal part. A parameter may straddle any number of rank boundaries: shards are cut between elements, not between
-parameters, so the padding is at most one alignment unit per rank and per parameter.
+One flat buffer holds the parameters that travel together in one dtype. Its length is a multiple of the number of ranks,
+and rank ``r`` owns the ``r``-th equal part. A parameter may straddle any number of rank boundaries: shards are cut
+between elements, not between parameters, so the padding is at most one alignment unit per rank and per parameter.
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ class FlatLayout:
         """Lay parameters end to end.
 
         Args:
-            params: ``(name, shape, group)`` in the wanted order; keep equal groups adjacent, so that a group is one run.
+            params: ``(name, shape, group)`` in the wanted order; keep equal groups adjacent, so that a group is one
+                run.
             world: number of ranks.
             align: every parameter and every shard starts at a multiple of this many elements.
         """
@@ -111,8 +113,9 @@ class FlatLayout:
     def group_runs(self, start: int, end: int) -> list[tuple[int, int, int]]:
         """Return ``(group, first, last)`` runs that cover the parameters of ``[start, end)``.
 
-        Neighbours of one group join into one run, the alignment gaps between them included (gaps stay zero for ever), so a run is as
-        long as the group allows. Positions are elements from ``start``. Entries without a group are left out.
+        Neighbours of one group join into one run, the alignment gaps between them included (gaps stay zero for ever),
+        so a run is as long as the group allows. Positions are elements from ``start``. Entries without a group are left
+        out.
         """
         runs: list[tuple[int, int, int]] = []
         for part in self.overlaps(start, end):

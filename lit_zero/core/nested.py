@@ -22,7 +22,11 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
         if isinstance(item, torch.Tensor):
             yield item
             continue
-        if item is None or isinstance(item, (bool, int, float, complex, str, bytes, torch.nn.Module)) or id(item) in seen:
+        if (
+            item is None
+            or isinstance(item, (bool, int, float, complex, str, bytes, torch.nn.Module))
+            or id(item) in seen
+        ):
             continue
         seen.add(id(item))
         if isinstance(item, Mapping):

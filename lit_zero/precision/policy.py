@@ -1,4 +1,6 @@
-"""The dtypes of a training run: what is computed in 2 bytes, what stays in fp32, in what gradients are stored and summed."""
+"""The dtypes of a training run: what is computed in 2 bytes, what stays in fp32, in what gradients are stored and
+summed.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ from torch import nn
 
 from lit_zero.core.errors import check_choice
 
-# Modules whose parameters autocast would cast to 2 bytes anyway: handing them over in 2 bytes changes no bit of the forward.
+# Modules whose parameters autocast would cast to 2 bytes anyway: handing them over in 2 bytes changes no bit of the
+# forward.
 _MATMUL_MODULES = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
 
 
@@ -20,11 +23,12 @@ class Precision:
 
     Args:
         reduce_dtype: ``float32``: 2-byte gradients are summed over ranks in fp32. ``compute``: in their own dtype.
-        gradient_dtype: how gradients of 2-byte parameters are stored until the step. ``compute``: 2 bytes. ``float32``: 4 bytes.
-            ``auto``: 2 bytes while one micro-batch makes a step (they are 2-byte numbers then), fp32 as soon as several are summed.
-        lower: which parameters travel and compute in 2 bytes. ``matmul``: the weights of linear, convolution and attention modules, those
-            that autocast casts, so that the result equals Lightning's own mixed precision. ``all``: every parameter (norms and embeddings
-            then round too).
+        gradient_dtype: how gradients of 2-byte parameters are stored until the step. ``compute``: 2 bytes. ``float32``:
+            4 bytes. ``auto``: 2 bytes while one micro-batch makes a step (they are 2-byte numbers then), fp32 as soon
+            as several are summed.
+        lower: which parameters travel and compute in 2 bytes. ``matmul``: the weights of linear, convolution and
+            attention modules, those that autocast casts, so that the result equals Lightning's own mixed precision.
+            ``all``: every parameter (norms and embeddings then round too).
 
     Raises:
         ConfigError: for an unknown choice.
@@ -46,7 +50,8 @@ class Lowering:
 
     Attributes:
         policy: the user's choice.
-        dtype: the 2-byte dtype of the mixed mode, ``None`` outside mixed modes: parameters then compute in the dtype they have.
+        dtype: the 2-byte dtype of the mixed mode, ``None`` outside mixed modes: parameters then compute in the dtype
+            they have.
         accumulating: several micro-batches make a step.
     """
 

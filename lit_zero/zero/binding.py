@@ -1,8 +1,9 @@
 """The user's optimizer, pointed at flat master shards.
 
-``configure_optimizers`` sees real parameters. Afterwards each parameter group holds *segments* instead: runs of a lane's master that belong
-to the group. An element-wise optimizer does to a segment exactly what it would do to the parameters in it. Hyper-parameters stay in the
-user's group dictionaries, so schedulers work unchanged; state is translated to and from single parameters where a checkpoint asks.
+``configure_optimizers`` sees real parameters. Afterwards each parameter group holds *segments* instead: runs of a
+lane's master that belong to the group. An element-wise optimizer does to a segment exactly what it would do to the
+parameters in it. Hyper-parameters stay in the user's group dictionaries, so schedulers work unchanged; state is
+translated to and from single parameters where a checkpoint asks.
 """
 
 from __future__ import annotations
@@ -59,8 +60,8 @@ class Binding:
         self.optimizer = optimizer
         self.group_names = [list(group) for group in names]
         self._first_group = first_group
-        groups = range(first_group, first_group + len(names))
-        self._lanes = [lane for lane in lanes if any(info.group in groups for info in lane.infos)]
+        numbers = range(first_group, first_group + len(names))
+        self._lanes = [lane for lane in lanes if any(info.group in numbers for info in lane.infos)]
         self.segments: list[Segment] = []
         self.granular = self._shaped = shaped
         self._point(self._entries() if shaped else self._runs())
@@ -80,8 +81,8 @@ class Binding:
 
     def _point(self, runs: Iterable[tuple[Lane, int, int, int]]) -> None:
         self.segments = []
-        for group in self.optimizer.param_groups:
-            group["params"] = []
+        for hyper in self.optimizer.param_groups:
+            hyper["params"] = []
         for lane, group, first, last in runs:
             number = group - self._first_group
             if 0 <= number < len(self.group_names):
@@ -93,7 +94,9 @@ class Binding:
                 self.optimizer.param_groups[number]["params"].append(segment.param)
 
     def split(self) -> None:
-        """Give every parameter a segment of its own, so that single parameters can be left out of a step; state moves along."""
+        """Give every parameter a segment of its own, so that single parameters can be left out of a step; state
+        moves along.
+        """
         if self.granular:
             return
         before, state = self.segments, self.optimizer.state
@@ -101,10 +104,16 @@ class Binding:
         self._point(self._entries())
         for segment in self.segments:
             for old in before:
-                if old.lane is segment.lane and old.first <= segment.first and segment.last <= old.last and old.param in state:
+                if (
+                    old.lane is segment.lane
+                    and old.first <= segment.first
+                    and segment.last <= old.last
+                    and old.param in state
+                ):
                     cut = slice(segment.first - old.first, segment.last - old.first)
                     state[segment.param] = {
-                        key: value[cut].clone() if _is_elementwise(value, old.param) else _copy(value) for key, value in state[old.param].items()
+                        key: value[cut].clone() if _is_elementwise(value, old.param) else _copy(value)
+                        for key, value in state[old.param].items()
                     }
         for old in before:
             state.pop(old.param, None)
@@ -130,6 +139,13 @@ class Binding:
             if segment.lane not in grads:
                 grads[segment.lane] = segment.lane.master_grad()
             segment.param.grad = grads[segment.lane][segment.first : segment.last].view_as(segment.param)
+
+    def drop_gradients(self) -> None:
+        """Let go of the gradients that a step has used."""
+        for segment in self.segments:
+            segment.param.grad = None
+        for lane in self._lanes:
+            lane.drop_gradients()
 
     def _name(self, segment: Segment) -> str | None:
         """Return the parameter that a granular segment is part of."""
@@ -164,7 +180,9 @@ class Binding:
                 found[part.entry.name] = (tensors, {key: value for key, value in state.items() if key not in tensors})
         return found
 
-    def states(self, described: dict[str, tuple[dict[str, torch.dtype], dict[str, Any]]], whole_if_replicated: bool) -> list[ParamState]:
+    def states(
+        self, described: dict[str, tuple[dict[str, torch.dtype], dict[str, Any]]], whole_if_replicated: bool
+    ) -> list[ParamState]:
         """Return every parameter's state as pieces of this rank.
 
         Args:
@@ -191,7 +209,9 @@ class Binding:
                 continue
             dtypes, scalars = described[name]
             shape, device = shapes[name]
-            nothing = {key: Piece(name, shape, 0, torch.empty(0, dtype=dtype, device=device)) for key, dtype in dtypes.items()}
+            nothing = {
+                key: Piece(name, shape, 0, torch.empty(0, dtype=dtype, device=device)) for key, dtype in dtypes.items()
+            }
             result.append(ParamState(index, name, {**nothing, **pieces.get(name, {})}, dict(scalars)))
         return result
 
@@ -210,7 +230,9 @@ class Binding:
                 self.optimizer.state[segment.param] = self._empty_state(segment, dtypes, scalars)
 
     def _empty_state(self, segment: Segment, dtypes: dict[str, torch.dtype], scalars: dict[str, Any]) -> dict[str, Any]:
-        """Return zeros for the state tensors of ``segment``, in its dtype as torch does on loading, and the scalars where the step wants them."""
+        """Return zeros for the state tensors of ``segment``, in its dtype as torch does on loading, and the scalars
+        where the step wants them.
+        """
         group = next(g for g in self.optimizer.param_groups if any(p is segment.param for p in g["params"]))
         on_device = group.get("fused") or group.get("capturable")
         state: dict[str, Any] = {}
@@ -230,10 +252,14 @@ class Binding:
                     yield segment, part
 
     def groups(self) -> list[dict[str, Any]]:
-        """Return the parameter groups as torch's ``state_dict`` has them: hyper-parameters, and indices for ``params``."""
+        """Return the parameter groups as torch's ``state_dict`` has them: hyper-parameters, and indices for
+        ``params``.
+        """
         result, index = [], 0
         for group, names in zip(self.optimizer.param_groups, self.group_names, strict=True):
-            result.append({**{k: v for k, v in group.items() if k != "params"}, "params": list(range(index, index + len(names)))})
+            result.append(
+                {**{k: v for k, v in group.items() if k != "params"}, "params": list(range(index, index + len(names)))}
+            )
             index += len(names)
         return result
 
@@ -246,7 +272,8 @@ class Binding:
         came, expected = [len(g["params"]) for g in groups], [len(n) for n in self.group_names]
         if came != expected:
             raise CheckpointError(
-                f"The checkpoint's optimizer has parameter groups of {came} parameters, this run's configure_optimizers gives {expected}. "
+                f"The checkpoint's optimizer has parameter groups of {came} parameters, this run's "
+                f"configure_optimizers gives {expected}. "
                 "Load with the same groups, or load only the weights."
             )
         for mine, theirs in zip(self.optimizer.param_groups, groups, strict=True):
@@ -264,20 +291,26 @@ def _copy(value: Any) -> Any:
 def _same(one: Any, other: Any) -> bool:
     if one is None or other is None:
         return one is other
-    return one[0] == other[0] and one[1].keys() == other[1].keys() and all(bool(one[1][k] == other[1][k]) for k in one[1])
+    return (
+        one[0] == other[0] and one[1].keys() == other[1].keys() and all(bool(one[1][k] == other[1][k]) for k in one[1])
+    )
 
 
 def require_elementwise(optimizer: torch.optim.Optimizer) -> None:
     """Check that the optimizer does to a flat run what it does to the parameters in it.
 
-    A probe takes two steps on a small matrix and on the two halves of its flattened elements; the results must agree bit for bit.
+    A probe takes two steps on a small matrix and on the two halves of its flattened elements; the results must agree
+    bit for bit.
 
     Raises:
         UnsupportedError: if they do not, or if the optimizer cannot be probed.
     """
     name = type(optimizer).__name__
     if isinstance(optimizer, torch.optim.LBFGS):
-        raise UnsupportedError(f"{name} evaluates the loss several times per step and works on all parameters at once; lit_zero cannot shard it. Use zero.stage='none', or another optimizer.")
+        raise UnsupportedError(
+            f"{name} evaluates the loss several times per step and works on all parameters at once; lit_zero cannot "
+            "shard it. Use zero.stage='none', or another optimizer."
+        )
     generator = torch.Generator().manual_seed(0)
     start, grads = torch.randn(4, 6, generator=generator), torch.randn(2, 4, 6, generator=generator)
     cut = 10
@@ -290,17 +323,21 @@ def require_elementwise(optimizer: torch.optim.Optimizer) -> None:
         )
     except Exception as error:
         raise UnsupportedError(
-            f"lit_zero could not find out whether {name} is element-wise: a copy of it could not step on a 4x6 matrix ({type(error).__name__}: {error}). "
+            f"lit_zero could not find out whether {name} is element-wise: a copy of it could not step on a 4x6 matrix "
+            f"({type(error).__name__}: {error}). "
             "Sharded stages need an element-wise optimizer (AdamW, SGD, Lion, ...); zero.stage='none' takes any."
         ) from error
     if not torch.equal(matrix, torch.cat(pieces)):
         raise UnsupportedError(
-            f"{name} is not element-wise: a step on a matrix differs from the same step on its flattened parts, so sharding would change the result. "
+            f"{name} is not element-wise: a step on a matrix differs from the same step on its flattened parts, so "
+            "sharding would change the result. "
             "Use an element-wise optimizer (AdamW, SGD, Lion, ...), or zero.stage='none'."
         )
 
 
-def _probe(optimizer: torch.optim.Optimizer, values: list[torch.Tensor], grads: list[list[torch.Tensor]]) -> list[torch.Tensor]:
+def _probe(
+    optimizer: torch.optim.Optimizer, values: list[torch.Tensor], grads: list[list[torch.Tensor]]
+) -> list[torch.Tensor]:
     """Step a copy of ``optimizer`` on ``values`` and return what they become."""
     params = [nn.Parameter(value) for value in values]
     group = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
@@ -309,7 +346,10 @@ def _probe(optimizer: torch.optim.Optimizer, values: list[torch.Tensor], grads: 
             group[key] = value.detach().cpu().clone()
     copy = object.__new__(type(optimizer))
     copy.__dict__.update({k: v for k, v in vars(optimizer).items() if not isinstance(v, torch.Tensor)})
-    fresh: dict[str, Any] = {"state": type(optimizer.state)(dict) if optimizer.state is not None else {}, "param_groups": [{**group, "params": params}]}
+    fresh: dict[str, Any] = {
+        "state": type(optimizer.state)(dict) if optimizer.state is not None else {},
+        "param_groups": [{**group, "params": params}],
+    }
     copy.__setstate__({**vars(copy), **fresh})
     for name in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
         if name in vars(copy):

@@ -2,10 +2,12 @@
 
 A training step, from the engine's side:
 
-1. *Forward.* Before a unit's module runs, its full parameters are brought (``gathering``); the next unit is requested meanwhile.
-2. *Backward.* Before a unit's backward, sharded parameters are brought again; gradients land in flat buffers and are reduced over the
-   ranks unit by unit (``reducing``).
-3. *Step.* The user's optimizer updates this rank's master shards (``binding``); what other ranks hold of the parameters is old from then on.
+1. *Forward.* Before a unit's module runs, its full parameters are brought (``gathering``); the next unit is requested
+   meanwhile.
+2. *Backward.* Before a unit's backward, sharded parameters are brought again; gradients land in flat buffers and are
+   reduced over the ranks unit by unit (``reducing``).
+3. *Step.* The user's optimizer updates this rank's master shards (``binding``); what other ranks hold of the parameters
+   is old from then on.
 
 Parameters keep their identity and shape throughout; only the memory behind them is ours (``lane``).
 """
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -25,6 +28,7 @@ from lit_zero.comm.exchange import Exchange
 from lit_zero.core.errors import LitZeroError
 from lit_zero.core.nested import tensors_in
 from lit_zero.core.piece import ParamState, Piece
+from lit_zero.kernels import sum_of_powers
 from lit_zero.precision.policy import Lowering
 from lit_zero.zero.binding import Binding, require_elementwise
 from lit_zero.zero.gathering import Gatherer
@@ -88,8 +92,11 @@ class Engine:
         trainable = [lane for unit in self.units for lane in unit.trainable]
         self.bindings = [self._bind(optimizer, names, first, trainable) for optimizer, names, first in grouped]
         self._in_backward = False
-        self._partial: bool | None = None  # some parameters are not reached by the loss; unknown before the first backward
+        self._partial: bool | None = (
+            None  # some parameters are not reached by the loss; unknown before the first backward
+        )
         self._buffer_versions: list[int] = []
+        self._gradient_bytes = 0
         self._install_hooks()
 
     # ---- construction
@@ -97,7 +104,9 @@ class Engine:
     def _number_groups(
         self, optimizers: Sequence[torch.optim.Optimizer], infos: dict[str, ParamInfo]
     ) -> list[tuple[torch.optim.Optimizer, list[list[str]], int]]:
-        """Give every parameter the number of its group; return each optimizer with its groups' names and first number."""
+        """Give every parameter the number of its group; return each optimizer with its groups' names and first
+        number.
+        """
         by_param = {info.param: info for info in infos.values()}
         names_of = {param: name for name, param in self.model.named_parameters()}
         grouped, first = [], 0
@@ -107,7 +116,8 @@ class Engine:
                 foreign = [tuple(p.shape) for p in group["params"] if p not in names_of]
                 if foreign:
                     raise LitZeroError(
-                        f"{type(optimizer).__name__} holds a parameter of shape {foreign[0]} that is not a parameter of the module. "
+                        f"{type(optimizer).__name__} holds a parameter of shape {foreign[0]} that is not a parameter "
+                        "of the module. "
                         "Build optimizers from self.parameters() or self.named_parameters()."
                     )
                 names.append([names_of[p] for p in group["params"]])
@@ -174,7 +184,7 @@ class Engine:
                 raise
             shaped = True
         binding = Binding(optimizer, names, first, lanes, shaped)
-        self._handles.append(optimizer.register_step_post_hook(lambda *_: self._stepped()))
+        self._handles.append(optimizer.register_step_post_hook(lambda *_: self._stepped(binding)))
         return binding
 
     def _install_hooks(self) -> None:
@@ -211,7 +221,9 @@ class Engine:
             self._handles.append(unit.module.register_forward_hook(after, with_kwargs=True))
 
     def detach(self) -> None:
-        """Give the module back: full parameters on every rank, no hooks. Needs memory for the whole model. All ranks together."""
+        """Give the module back: full parameters on every rank, no hooks. Needs memory for the whole model. All ranks
+        together.
+        """
         for unit in self.units:
             self._gatherer.need(unit)
             if unit.sharded:
@@ -232,7 +244,9 @@ class Engine:
         return [lane for unit in self.units for lane in unit.lanes]
 
     def begin_forward(self) -> None:
-        """Make the root unit whole; call it before anything of the module runs that does not go through ``model.forward``."""
+        """Make the root unit whole; call it before anything of the module runs that does not go through
+        ``model.forward``.
+        """
         if _graph_is_running():
             return
         self._gatherer.new_forward()
@@ -240,7 +254,9 @@ class Engine:
         self._share_buffers()
 
     def _share_buffers(self) -> None:
-        """Let rank 0's buffers (batch statistics) stand for all, as DDP does; nothing is sent while no buffer changes."""
+        """Let rank 0's buffers (batch statistics) stand for all, as DDP does; nothing is sent while no buffer
+        changes.
+        """
         if self.exchange.size == 1:
             return
         buffers = list(self.model.buffers())
@@ -264,23 +280,25 @@ class Engine:
             self._watch_inputs(unit, [t for t in chain(tensors_in(args), tensors_in(kwargs)) if t.requires_grad])
 
     def _watch_inputs(self, unit: Unit, inputs: list[torch.Tensor]) -> None:
-        """Let the unit go when the gradients of all its inputs are known: nothing can read its parameters in this backward any more."""
+        """Let the unit go when the gradients of all its inputs are known: nothing can read its parameters in this
+        backward any more.
+        """
         left = len(inputs)
 
-        def known(grad: torch.Tensor) -> None:
+        def known() -> None:
             nonlocal left
             left -= 1
             if left == 0:
                 self._gatherer.backward_ends(unit)
 
         for tensor in inputs:
-            tensor.register_hook(known)
+            _gradient_hook(tensor).first.append(known)
 
     def _after_forward(self, unit: Unit, output: Any) -> None:
         if torch.is_grad_enabled():
             for tensor in tensors_in(output):
                 if tensor.requires_grad:
-                    tensor.register_hook(lambda _: self._gatherer.backward_begins(unit))
+                    _gradient_hook(tensor).then.append(partial(self._gatherer.backward_begins, unit))
         if _graph_is_running():
             self._gatherer.release(unit)
         else:
@@ -311,6 +329,9 @@ class Engine:
             if unreached:
                 binding.split()
             binding.attach(unreached)
+        self._gradient_bytes = _storage_bytes(
+            [t for lane in self.lanes for t in lane.state_tensors()["gradient"]], set()
+        )
 
     @contextlib.contextmanager
     def no_reduce(self) -> Iterator[None]:
@@ -329,11 +350,16 @@ class Engine:
                 self.begin_backward()
                 torch.autograd.Variable._execution_engine.queue_callback(self.end_backward)
             if grad.is_sparse:
-                raise LitZeroError(f"The gradient of {lane.infos[index].name!r} is sparse; lit_zero reduces dense gradients. Use nn.Embedding(..., sparse=False).")
-            if unit.sharded and unit.state is not Parameters.WHOLE:
                 raise LitZeroError(
-                    f"The backward of {unit.title} ran while its parameters were not there, so {lane.infos[index].name!r} got a wrong gradient: "
-                    "its output reaches the loss through an object that lit_zero cannot look into. Return tensors, containers or dataclasses of "
+                    f"The gradient of {lane.infos[index].name!r} is sparse; lit_zero reduces dense gradients. Use "
+                    "nn.Embedding(..., sparse=False)."
+                )
+            if unit.sharded and not unit.brought and not unit.outer:
+                raise LitZeroError(
+                    f"The backward of {unit.title} ran while its parameters were not there, so "
+                    f"{lane.infos[index].name!r} got a wrong gradient: "
+                    "its output reaches the loss through an object that lit_zero cannot look into. Return tensors, "
+                    "containers or dataclasses of "
                     "tensors from it, or keep it out of zero.units."
                 )
             if self._reducer.land(unit, lane, index, grad):
@@ -346,8 +372,8 @@ class Engine:
     def _unreached(self) -> set[str]:
         """Return the parameters that the loss of no rank has reached since gradients were dropped.
 
-        Whether there are any is agreed after the first backward. If there are, ranks compare after every backward; if there are none, a
-        parameter that stays out later counts as a zero gradient.
+        Whether there are any is agreed after the first backward. If there are, ranks compare after every backward; if
+        there are none, a parameter that stays out later counts as a zero gradient.
         """
         if self._partial is False and self.exchange.size > 1:
             return set()
@@ -364,19 +390,20 @@ class Engine:
     # ---- step
 
     def step(self) -> None:
-        """Step every optimizer and drop the gradients."""
+        """Step every optimizer. Gradients are dropped with the step that uses them."""
         for binding in self.bindings:
             binding.optimizer.step()
-        for binding in self.bindings:
-            binding.optimizer.zero_grad()
 
-    def _stepped(self) -> None:
+    def _stepped(self, binding: Binding) -> None:
         """The optimizer has changed this rank's masters."""
+        binding.drop_gradients()
         self._check_seats()
         self.refresh()
 
     def refresh(self) -> None:
-        """Make the masters' present values the parameters: call it after anything has written to the masters. All ranks together."""
+        """Make the masters' present values the parameters: call it after anything has written to the masters. All
+        ranks together.
+        """
         for lane in self.lanes:
             lane.publish()
         if self.row.optimizer is Placement.SHARD:
@@ -388,14 +415,18 @@ class Engine:
             name = lane.displaced()
             if name is not None:
                 raise LitZeroError(
-                    f"The memory of parameter {name!r} was replaced after setup (by .to(), load_state_dict(assign=True) or p.data = ...); "
-                    "the optimizer would train a copy that nothing reads. Do that before setup, in __init__ or configure_model."
+                    f"The memory of parameter {name!r} was replaced after setup (by .to(), "
+                    "load_state_dict(assign=True) or p.data = ...); "
+                    "the optimizer would train a copy that nothing reads. Do that before setup, in __init__ or "
+                    "configure_model."
                 )
 
     def grad_norm(self, norm_type: float = 2.0) -> torch.Tensor:
-        """Return the norm of all reduced gradients, over all parameters and ranks; 0-d, fp32 (fp64 for fp64 gradients), equal on every rank.
+        """Return the norm of all reduced gradients, over all parameters and ranks; 0-d, fp32 (fp64 for fp64 gradients),
+        equal on every rank.
 
-        Every gradient element counts once, and partial sums are added in rank order, so that all stages get the same bits.
+        Every gradient element counts once, and partial sums are added in rank order, so that all stages get the same
+        bits.
         """
         grads = [grad for binding in self.bindings for grad in binding.own_grads()]
         dtype = torch.float64 if any(lane.master_dtype == torch.float64 for lane in self.lanes) else torch.float32
@@ -403,8 +434,7 @@ class Engine:
             peaks = [grad.abs().amax() for grad in grads if grad.numel()]
             peak = torch.stack(peaks).amax() if peaks else torch.zeros((), device=self.device)
             return self.exchange.maximum(peak.to(dtype))
-        powers = [torch.linalg.vector_norm(grad, norm_type, dtype=torch.float64) ** norm_type for grad in grads if grad.numel()]
-        total = torch.stack(powers).sum() if powers else torch.zeros((), dtype=torch.float64, device=self.device)
+        total = sum_of_powers(grads, norm_type, self.device)
         return (self.exchange.sum_in_rank_order(total) ** (1.0 / norm_type)).to(dtype)
 
     def clip_grad_norm(self, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
@@ -428,8 +458,8 @@ class Engine:
         """Return this rank's part of every parameter's master copy, in the same order on every rank.
 
         Args:
-            whole_if_replicated: a replicated master gives its whole range, as a destination to load into; else every element belongs to
-                exactly one rank.
+            whole_if_replicated: a replicated master gives its whole range, as a destination to load into; else every
+                element belongs to exactly one rank.
         """
         pieces = []
         for lane in self.lanes:
@@ -438,7 +468,9 @@ class Engine:
             shift = start - lane.master_start
             for part in lane.layout.overlaps(start, end):
                 first = part.local + shift
-                pieces.append(Piece(part.entry.name, part.entry.shape, part.start, lane.master[first : first + part.length]))
+                pieces.append(
+                    Piece(part.entry.name, part.entry.shape, part.start, lane.master[first : first + part.length])
+                )
         return pieces
 
     def describe_states(self, index: int, gather: Callable[[Any], list[Any]]) -> dict[str, Any]:
@@ -453,7 +485,9 @@ class Engine:
             described.update(found)
         return described
 
-    def optimizer_pieces(self, index: int, described: dict[str, Any], whole_if_replicated: bool = False) -> list[ParamState]:
+    def optimizer_pieces(
+        self, index: int, described: dict[str, Any], whole_if_replicated: bool = False
+    ) -> list[ParamState]:
         """Return this rank's part of optimizer ``index``'s state, see :meth:`parameter_pieces`."""
         return self.bindings[index].states(described, whole_if_replicated)
 
@@ -475,31 +509,67 @@ class Engine:
             self._gatherer.release(unit)
 
     def model_state_bytes(self) -> dict[str, int]:
-        """Return the live bytes on this rank, counted from storages.
+        """Return the bytes of model states on this rank, counted from storages, each once.
 
         Returns:
-            ``parameter``, ``master``, ``gradient`` and ``optimizer``: the model states of the ZeRO paper, each storage counted once.
-            ``slots``: buffers in which gathered parameters and landing gradients take turns.
+            ``parameter``, ``master``, ``gradient`` and ``optimizer``: the model states of the ZeRO paper; gradients as
+            they stood between the last backward and its step. ``slots``: buffers in which gathered parameters and
+            landing gradients take turns, at their most.
         """
         seen: set[int] = set()
-
-        def count(tensors: Sequence[torch.Tensor]) -> int:
-            total = 0
-            for tensor in tensors:
-                storage = tensor.untyped_storage()
-                if storage.data_ptr() not in seen and storage.nbytes():
-                    seen.add(storage.data_ptr())
-                    total += storage.nbytes()
-            return total
-
-        found = {"parameter": 0, "master": 0, "gradient": 0}
+        found = {"parameter": 0, "master": 0}
         for lane in self.lanes:
             for kind, tensors in lane.state_tensors().items():
-                found[kind] += count(tensors)
-        states = [v for b in self.bindings for s in b.optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor) and v.dim()]
-        found["optimizer"] = count(states)
-        found["slots"] = count([slot.buffer for slot in self._gatherer.slots] + self._reducer.buffers)
+                if kind in found:
+                    found[kind] += _storage_bytes(tensors, seen)
+        found["gradient"] = self._gradient_bytes
+        states = [
+            v
+            for b in self.bindings
+            for s in b.optimizer.state.values()
+            for v in s.values()
+            if isinstance(v, torch.Tensor)
+        ]
+        found["optimizer"] = _storage_bytes([state for state in states if state.dim()], seen)
+        found["slots"] = _storage_bytes([slot.buffer for slot in self._gatherer.slots], seen) + self._reducer.peak_bytes
         return found
+
+
+def _storage_bytes(tensors: Sequence[torch.Tensor], seen: set[int]) -> int:
+    """Return the bytes of the tensors' storages, each counted once; ``seen`` takes their addresses."""
+    total = 0
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in seen and storage.nbytes():
+            seen.add(storage.data_ptr())
+            total += storage.nbytes()
+    return total
+
+
+class _GradientHook:
+    """What happens when the gradient of a tensor between two units is known: the later unit lets go before the
+    earlier one asks.
+    """
+
+    def __init__(self, made_by: Any) -> None:
+        self.made_by = (
+            made_by  # the tensor's grad_fn: an in-place operation gives it another, which wants a hook of its own
+        )
+        self.first: list[Callable[[], None]] = []
+        self.then: list[Callable[[], None]] = []
+
+    def __call__(self, grad: torch.Tensor) -> None:
+        for action in (*self.first, *self.then):
+            action()
+
+
+def _gradient_hook(tensor: torch.Tensor) -> _GradientHook:
+    for hook in (tensor._backward_hooks or {}).values():
+        if isinstance(hook, _GradientHook) and hook.made_by is tensor.grad_fn:
+            return hook
+    made = _GradientHook(tensor.grad_fn)
+    tensor.register_hook(made)
+    return made
 
 
 def _graph_is_running() -> bool:

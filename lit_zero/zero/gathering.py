@@ -1,16 +1,19 @@
 """Full parameters: when they are fetched, how long they stay.
 
-[Note: who may overwrite a slot] A released unit stays readable in its slot until another unit needs the slot; so the unit that ends the
-forward is still there when the backward begins, and is not fetched again. A slot may be overwritten unless its holder's forward is
-running or its backward is. One exception: a checkpointed segment that is recomputed may pass through the slot of a unit whose backward
-waits for that very recomputation; the unit's own recomputed forward then brings it back.
+[Note: who may overwrite a slot] A released unit stays readable in its slot until another unit needs the slot; so the
+unit that ends the forward is still there when the backward begins, and is not fetched again. A slot may be overwritten
+unless its holder's forward is running or its backward is. One exception: a checkpointed segment that is recomputed may
+pass through the slot of a unit whose backward waits for that very recomputation; the unit's own recomputed forward then
+brings it back.
 
-[Note: lazy gather] Replicated parameters become stale when the optimizer has updated this rank's part. All units are then requested at
-once, in one order, and each is waited for where the next forward needs it: the exchange hides behind the forward.
+[Note: lazy gather] Replicated parameters become stale when the optimizer has updated this rank's part. All units are
+then requested at once, in one order, and each is waited for where the next forward needs it: the exchange hides behind
+the forward.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -31,13 +34,15 @@ class Gatherer:
         poison: fill released slots with NaN.
     """
 
-    def __init__(self, units: Sequence[Unit], exchange: Exchange, slots: int, device: torch.device, poison: bool) -> None:
+    def __init__(
+        self, units: Sequence[Unit], exchange: Exchange, slots: int, device: torch.device, poison: bool
+    ) -> None:
         self._units, self._exchange, self._poison = units, exchange, poison
         self.slots = self._make_slots(slots, device)
         for unit in units:
             if unit.sharded:
                 unit.state = Parameters.STALE
-        for before, after in zip(units[1:], units[2:], strict=False):
+        for before, after in itertools.pairwise(units):
             before.ahead, after.behind = after, before
         self._last: Unit | None = None  # the unit whose forward began last
 
@@ -103,7 +108,7 @@ class Gatherer:
 
     def backward_begins(self, unit: Unit) -> None:
         """Bring ``unit`` for its backward and request the unit that is expected after it."""
-        unit.armed = True
+        unit.armed = unit.brought = True
         self._last = None
         self.need(unit)
         self._prefetch(unit.behind)
@@ -150,7 +155,8 @@ class Gatherer:
             if holder.active or (holder.armed and not recomputing):
                 raise LitZeroError(
                     f"Units {holder.title} and {unit.title} are needed at the same time but take turns in one slot. "
-                    f"Raise zero.slots (now {sum(not s.holder or not s.holder.outer for s in self.slots)}), or make one unit of both with zero.units."
+                    f"Raise zero.slots (now {sum(not s.holder or not s.holder.outer for s in self.slots)}), or make "
+                    "one unit of both with zero.units."
                 )
             self._settle(holder)
             holder.state = Parameters.STALE

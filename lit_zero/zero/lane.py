@@ -7,12 +7,13 @@ tensor                replicated                             sharded
 ====================  =====================================  ==========================================
 ``full`` parameters   ``[P]``, permanent                     a view of a slot, filled while in use
 ``master``            ``[P]``                                ``[P/N]``
-full gradients        ``[P]``, permanent                     a landing buffer, recycled
-``grad_own``          the rank's slice of it                 ``[P/N]``
+full gradients        ``[P]``, permanent                     a landing buffer, recycled, gone after the backward
+``grad_own``          the rank's slice of it                 ``[P/N]``, from its reduction to the step
 ====================  =====================================  ==========================================
 
-Without a 2-byte copy the master *is* (the rank's slice of) the full parameters wherever those are replicated: no second copy. With one,
-and parameters sharded, the 2-byte shard is not stored: a gather casts the master straight into the rank's slice of the slot.
+Without a 2-byte copy the master *is* (the rank's slice of) the full parameters wherever those are replicated: no second
+copy. With one, and parameters sharded, the 2-byte shard is not stored: a gather casts the master straight into the
+rank's slice of the slot.
 """
 
 from __future__ import annotations
@@ -89,7 +90,9 @@ class Lane:
         if row.parameter is Placement.REPLICATE:
             self.full = self._zeros(self.numel, self.compute_dtype)
         # [P] or [P/N]; the elements of the lane that the optimizer updates on this rank
-        self.master_start, self.master_end = (0, self.numel) if row.optimizer is Placement.REPLICATE else (self.start, self.end)
+        self.master_start, self.master_end = (
+            (0, self.numel) if row.optimizer is Placement.REPLICATE else (self.start, self.end)
+        )
         if self.full is not None and not self.lowered:
             self.master = self.full[self.master_start : self.master_end]
         else:
@@ -119,8 +122,6 @@ class Lane:
             self.set_landing(self.grad_full)
             if self.hold:
                 self.grad_own = self.grad_full[self.start : self.end]
-        if self.grad_own is None:
-            self.grad_own = self._zeros(self.shard_numel, self.gradient_dtype)
 
     # ---- parameters
 
@@ -132,11 +133,14 @@ class Lane:
         """Make every parameter a view of ``full`` (shape ``[P]``, compute dtype), for good."""
         self.full = full
         for info, view in zip(self.infos, self.views(full), strict=True):
-            # ``p.data`` keeps the parameter's identity and its own version counter, so refilling the buffer disturbs no saved tensor.
+            # ``p.data`` keeps the parameter's identity and its own version counter, so refilling the buffer disturbs no
+            # saved tensor.
             info.param.data = view
 
     def displaced(self) -> str | None:
-        """Return the name of a parameter whose memory is no longer ours (``.to()``, ``assign=True``), ``None`` if all is well."""
+        """Return the name of a parameter whose memory is no longer ours (``.to()``, ``assign=True``), ``None`` if
+        all is well.
+        """
         assert self.full is not None
         base, size = self.full.data_ptr(), self.full.element_size()
         for info, entry in zip(self.infos, self.layout.entries, strict=True):
@@ -145,12 +149,16 @@ class Lane:
         return None
 
     def store(self, index: int, value: torch.Tensor) -> None:
-        """Take over the value of parameter ``index`` (full shape, any dtype or device): this rank's part of it is kept."""
+        """Take over the value of parameter ``index`` (full shape, any dtype or device): this rank's part of it is
+        kept.
+        """
         entry = self.layout.entries[index]
         flat = value.detach().reshape(-1)
         lo, hi = max(entry.offset, self.master_start), min(entry.end, self.master_end)
         if lo < hi:
-            self.master[lo - self.master_start : hi - self.master_start].copy_(flat[lo - entry.offset : hi - entry.offset])
+            self.master[lo - self.master_start : hi - self.master_start].copy_(
+                flat[lo - entry.offset : hi - entry.offset]
+            )
         if self.row.parameter is Placement.REPLICATE:
             assert self.full is not None
             self.full[entry.offset : entry.end].copy_(flat)
@@ -186,7 +194,9 @@ class Lane:
                 buffer[first:last].zero_()
 
     def begin_backward(self, fresh: bool) -> None:
-        """Prepare for a backward; ``fresh``: earlier gradients have been dropped, else the new ones are added to them."""
+        """Prepare for a backward; ``fresh``: earlier gradients have been dropped, else the new ones are added to
+        them.
+        """
         self.seen = bytearray(len(self.infos))
         if fresh:
             self.accumulated = False
@@ -226,13 +236,28 @@ class Lane:
 
     def reduction(self, scale: float) -> Reduce:
         """Describe the exchange that turns the landing buffer into this rank's gradient."""
-        assert self.landing is not None and self.grad_own is not None
+        assert self.landing is not None
+        if self.grad_own is None:
+            self.grad_own = torch.empty(self.shard_numel, dtype=self.gradient_dtype, device=self.device)
+            self.accumulated = False
         accumulate, self.accumulated = self.accumulated, True
         self.filled = bytearray(len(self.infos))
         return Reduce(self.landing, self.grad_own, scale, accumulate, whole=self.row.optimizer is Placement.REPLICATE)
 
+    def drop_gradients(self) -> None:
+        """Let go of the reduced gradients: the step has used them, and the next forward needs the memory more."""
+        if not self._in_place:
+            self.grad_own = None
+        self.accumulated = False
+
     def master_grad(self) -> torch.Tensor:
-        """Return the gradient that belongs to ``master``: same shape, same dtype; a view where the stored dtype allows."""
+        """Return the gradient that belongs to ``master``: same shape, same dtype; a view where the stored dtype
+        allows.
+        """
+        if self.row.optimizer is not Placement.REPLICATE and self.grad_own is None:
+            # Held micro-batches wait in the landing buffer: a gradient of no memory stands for them until they are
+            # reduced.
+            return torch.zeros((), dtype=self.master_dtype, device=self.device).expand(self.shard_numel)
         grad = self._stored_grad()
         return grad if grad.dtype == self.master_dtype else grad.to(self.master_dtype)
 

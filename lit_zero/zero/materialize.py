@@ -16,12 +16,14 @@ def on_meta(model: nn.Module) -> set[str]:
     return {name for name, param in model.named_parameters(remove_duplicate=False) if param.is_meta}
 
 
-def materialize(model: nn.Module, device: torch.device, exchange: Exchange, sink: Callable[[str, torch.Tensor], None]) -> None:
+def materialize(
+    model: nn.Module, device: torch.device, exchange: Exchange, sink: Callable[[str, torch.Tensor], None]
+) -> None:
     """Initialise every module that has parameters or buffers on the meta device.
 
-    Modules are initialised in order of registration by their own ``reset_parameters``, from rank 0's random state on every rank. That order
-    is the order of construction in the usual module, so the values equal those of an eager build with the same seed, as far as a module's
-    constructor draws what its ``reset_parameters`` draws.
+    Modules are initialised in order of registration by their own ``reset_parameters``, from rank 0's random state on
+    every rank. That order is the order of construction in the usual module, so the values equal those of an eager build
+    with the same seed, as far as a module's constructor draws what its ``reset_parameters`` draws.
 
     Args:
         model: the whole module. Its meta parameters become empty real ones; their values go to ``sink``.
@@ -30,7 +32,8 @@ def materialize(model: nn.Module, device: torch.device, exchange: Exchange, sink
         sink: called with each parameter's name and full value.
 
     Raises:
-        UnsupportedError: naming the module that has no ``reset_parameters``, or whose ``reset_parameters`` leaves something unset.
+        UnsupportedError: naming the module that has no ``reset_parameters``, or whose ``reset_parameters`` leaves
+            something unset.
     """
     if not any(t.is_meta for t in (*model.parameters(), *model.buffers())):
         return
@@ -55,7 +58,8 @@ def _materialize_module(
     reset = getattr(module, "reset_parameters", None)
     if not callable(reset):
         raise UnsupportedError(
-            f"{title} is on the meta device and has no reset_parameters() to initialise it. Add one, or build the module on a real device."
+            f"{title} is on the meta device and has no reset_parameters() to initialise it. Add one, or build the "
+            "module on a real device."
         )
     _refuse_lost_values(title, own, reset)
     unset: dict[str, torch.Tensor] = {}
@@ -68,11 +72,12 @@ def _materialize_module(
     with torch.no_grad():
         reset()
     for key in unset:
-        value = module._parameters.get(key)
-        value = module._buffers[key] if value is None else value
+        value: torch.Tensor | None = module._parameters.get(key)
+        value = module._buffers.get(key) if value is None else value
         if value is not None and value.is_floating_point() and bool(value.isnan().any()):
             raise UnsupportedError(
-                f"{title} is on the meta device and its reset_parameters() does not set {key!r}. Set it there, or build the module on a real device."
+                f"{title} is on the meta device and its reset_parameters() does not set {key!r}. Set it there, or "
+                "build the module on a real device."
             )
 
 
@@ -84,7 +89,8 @@ def _refuse_lost_values(title: str, own: dict[str, nn.Parameter], reset: Callabl
     for key, param in own.items():
         if written[key] > param._version - written[key]:
             raise UnsupportedError(
-                f"{title} is on the meta device, but {key!r} has been initialised again after it was constructed, and that value would be lost. "
+                f"{title} is on the meta device, but {key!r} has been initialised again after it was constructed, and "
+                "that value would be lost. "
                 "Initialise it in the module's reset_parameters(), or build the module on a real device."
             )
 

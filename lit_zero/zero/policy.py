@@ -29,8 +29,8 @@ class Row:
         parameter: placement of the parameters between uses.
         gradient: placement of the gradients between backward and step.
         optimizer: placement of the fp32 master copy and the optimizer's state.
-        accumulate: what several micro-batches per step do by default: ``hold`` sums them in a full local buffer and reduces once,
-            ``reduce`` reduces each of them into the shard.
+        accumulate: what several micro-batches per step do by default: ``hold`` sums them in a full local buffer and
+            reduces once, ``reduce`` reduces each of them into the shard.
 
     Source: Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", section 5.
     """
@@ -59,17 +59,19 @@ class Zero:
     """Which model states are sharded over the data-parallel ranks, and in which portions they travel.
 
     Args:
-        stage: ``none`` (every rank keeps everything, as DDP does), ``stage1`` (optimizer state sharded), ``stage2`` (and gradients),
-            ``stage3`` (and parameters).
-        units: the modules whose parameters travel together. ``auto``: the blocks of every large repeated ``ModuleList`` or
-            ``Sequential``. Else class names and module-name patterns (``["Block", "encoder.layers.*"]``), or a callable
-            ``(name, module) -> bool``. What belongs to no unit forms the root unit, which is whole from forward to step.
-        slots: sharded parameters only: number of buffers that gathered units take turns in, at least 2. Default 2: the unit at work
-            and the one fetched ahead. Memory: ``slots`` times the largest unit.
-        accumulate: with ``accumulate_grad_batches > 1``: ``hold`` full gradients and reduce once per step (least traffic), or
-            ``reduce`` every micro-batch into the shard (least memory). Default: the stage's own, see ``Row``.
-        poison: sharded parameters only, for debugging: a released slot is filled with NaN, so that a parameter read while it is not
-            there shows at once.
+        stage: ``none`` (every rank keeps everything, as DDP does), ``stage1`` (optimizer state sharded), ``stage2``
+            (and gradients), ``stage3`` (and parameters).
+        units: the modules whose parameters travel together. ``auto``: the blocks of every large repeated ``ModuleList``
+            or ``Sequential``. Else class names and module-name patterns (``["Block", "encoder.layers.*"]``), or a
+            callable ``(name, module) -> bool``. What belongs to no unit forms the root unit, which is whole from
+            forward to step.
+        slots: sharded parameters only: number of buffers that gathered units take turns in, at least 2. Default 2: the
+            unit at work and the one fetched ahead. Memory: ``slots`` times the largest unit.
+        accumulate: with ``accumulate_grad_batches > 1``: ``hold`` full gradients and reduce once per step (least
+            traffic), or ``reduce`` every micro-batch into the shard (least memory). Default: the stage's own, see
+            ``Row``.
+        poison: sharded parameters only, for debugging: a released slot is filled with NaN, so that a parameter read
+            while it is not there shows at once.
 
     Raises:
         ConfigError: for an unknown name, a wrong type, or a setting that has no effect in this stage.
@@ -87,22 +89,27 @@ class Zero:
             check_choice("zero.accumulate", self.accumulate, ("hold", "reduce"))
         if not isinstance(self.poison, bool):
             raise ConfigError(f"zero.poison={self.poison!r} is not valid: expected true or false.")
-        if self.slots is not None and (isinstance(self.slots, bool) or not isinstance(self.slots, int) or self.slots < 2):
+        if self.slots is not None and (
+            isinstance(self.slots, bool) or not isinstance(self.slots, int) or self.slots < 2
+        ):
             raise ConfigError(f"zero.slots={self.slots!r} is not valid: expected an integer of at least 2.")
         if isinstance(self.units, str) and self.units != "auto":
             raise ConfigError(
-                f"zero.units={self.units!r} is not valid: expected 'auto', a list such as [{self.units!r}], or a callable (name, module) -> bool."
+                f"zero.units={self.units!r} is not valid: expected 'auto', a list such as [{self.units!r}], or a "
+                "callable (name, module) -> bool."
             )
         if self.row.optimizer is Placement.REPLICATE and self.accumulate == "reduce":
             raise ConfigError(
-                f"zero.accumulate='reduce' has no place with zero.stage={self.stage!r}: every rank steps with whole gradients there. "
+                f"zero.accumulate='reduce' has no place with zero.stage={self.stage!r}: every rank steps with whole "
+                "gradients there. "
                 "Remove zero.accumulate, or use zero.stage='stage1' or higher."
             )
         if self.row.parameter is Placement.REPLICATE:
             for key, value in (("slots", self.slots), ("poison", self.poison or None)):
                 if value is not None:
                     raise ConfigError(
-                        f"zero.{key}={value!r} has no effect with zero.stage={self.stage!r}: parameters are not sharded there. "
+                        f"zero.{key}={value!r} has no effect with zero.stage={self.stage!r}: parameters are not "
+                        "sharded there. "
                         f"Remove zero.{key}, or use zero.stage='stage3'."
                     )
 

@@ -4,13 +4,15 @@ One backward, in phases:
 
 1. A parameter's gradient is complete: autograd's own tensor is copied once into the unit's landing buffer and dropped.
 2. A unit's last gradient has landed: the unit is done.
-3. Units are reduced in a fixed order, equal on every rank, each as soon as it and all before it are done; the exchange runs beside the
-   rest of the backward. With sharded gradients the landing buffer is recycled when its reduction is complete.
-4. At the end, units with parameters that the loss did not reach are reduced with zeros for those, and everything is waited for.
+3. Units are reduced in a fixed order, equal on every rank, each as soon as it and all before it are done; the exchange
+   runs beside the rest of the backward. With sharded gradients the landing buffer is recycled when its reduction is
+   complete.
+4. At the end, units with parameters that the loss did not reach are reduced with zeros for those, and everything is
+   waited for.
 
-[Note: the order of reductions] It must not follow the arrival on one rank, since ranks may run different branches of a model. It starts as
-the reverse of registration; after the first backward rank 0's order of completion replaces it, so that a unit that is always late (a
-parameter in it is never used) does not hold up the others.
+[Note: the order of reductions] It must not follow the arrival on one rank, since ranks may run different branches of a
+model. It starts as the reverse of registration; after the first backward rank 0's order of completion replaces it, so
+that a unit that is always late (a parameter in it is never used) does not hold up the others.
 """
 
 from __future__ import annotations
@@ -46,22 +48,13 @@ class Reducer:
         self._recycles = bool(recycled)
         self._holds = any(lane.hold for u in self._order for lane in u.trainable)
         self._size = max((u.landing_bytes() for u in recycled if not u.outer), default=0)
-        count = self.landing_buffers if self._size else 0
-        self.free = [self._buffer(self._size) for _ in range(count)]
+        self._free: list[torch.Tensor] = []
         self._lent: dict[Unit, torch.Tensor] = {}
-        self._private = {u: self._buffer(u.landing_bytes()) for u in recycled if u.outer}
+        self.peak_bytes = 0  # most bytes of landing buffers at one time
         self._flying: deque[tuple[Unit, Ticket]] = deque()
         self._finished: list[Unit] = []  # order of completion in the first backward
         self._next = 0
         self.deferred = False  # the coming backward does not reduce: more micro-batches of this step follow
-
-    def _buffer(self, size: int) -> torch.Tensor:
-        return torch.zeros(size, dtype=torch.uint8, device=self._device)
-
-    @property
-    def buffers(self) -> list[torch.Tensor]:
-        """All landing buffers."""
-        return [*self.free, *self._lent.values(), *self._private.values()]
 
     def begin(self, fresh: bool) -> None:
         """Start a backward.
@@ -71,7 +64,7 @@ class Reducer:
         """
         self._next = 0
         for unit in self._order:
-            unit.done, unit.landed, unit.recomputed = False, 0, False
+            unit.done, unit.landed, unit.recomputed, unit.brought = False, 0, False, False
             for lane in unit.trainable:
                 lane.begin_backward(fresh)
 
@@ -80,7 +73,8 @@ class Reducer:
         if unit.done:
             raise LitZeroError(
                 f"A gradient of {lane.infos[index].name!r} came after {unit.title} had been reduced in this backward. "
-                "A reentrant checkpoint around a module that runs several times does this; use torch.utils.checkpoint(..., use_reentrant=False)."
+                "A reentrant checkpoint around a module that runs several times does this; use "
+                "torch.utils.checkpoint(..., use_reentrant=False)."
             )
         if lane.landing is None:
             unit.set_landing(self._acquire(unit))
@@ -108,8 +102,7 @@ class Reducer:
                 self.complete(unit)
         while self._flying:
             self._land_oldest()
-        if not (self.deferred and self._lent):
-            del self.free[self.landing_buffers :]
+        self._free.clear()
         if not self._order_learned:
             self._learn_order()
 
@@ -135,13 +128,21 @@ class Reducer:
         self._flying.append((unit, ticket))
 
     def _acquire(self, unit: Unit) -> torch.Tensor:
-        """Return a landing buffer for ``unit``: a free one, else the one whose reduction started first, else a new one."""
-        if unit in self._private:
-            return self._private[unit]
-        while not self.free and self._flying:
+        """Return a landing buffer for ``unit``: a free one, a new one while there are few, else the one whose
+        reduction is the oldest.
+        """
+        if unit.outer:  # it lands during the whole backward, and its size is its own
+            return self._lend(unit, unit.landing_bytes())
+        inner = sum(not u.outer for u in self._lent)
+        while not self._free and inner >= self.landing_buffers and self._flying:
             self._land_oldest()
-        buffer = self.free.pop() if self.free else self._buffer(self._size)
+        return self._lend(unit, self._size)
+
+    def _lend(self, unit: Unit, size: int) -> torch.Tensor:
+        recycled = self._free and size == self._size and not unit.outer
+        buffer = self._free.pop() if recycled else torch.empty(size, dtype=torch.uint8, device=self._device)
         self._lent[unit] = buffer
+        self.peak_bytes = max(self.peak_bytes, sum(b.numel() for b in (*self._lent.values(), *self._free)))
         return buffer
 
     def _land_oldest(self) -> None:
@@ -151,5 +152,6 @@ class Reducer:
             lane.end_reduction()
         if self._recycles:
             unit.set_landing(None)
-            if unit in self._lent:
-                self.free.append(self._lent.pop(unit))
+            buffer = self._lent.pop(unit)
+            if not unit.outer:
+                self._free.append(buffer)

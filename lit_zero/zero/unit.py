@@ -18,8 +18,8 @@ _SLOT_ALIGN = 64  # bytes; lanes of a slot start on a cache line
 class Parameters(enum.Enum):
     """Where a unit's full parameters are.
 
-    With replicated parameters the buffer is always there and ``STALE`` means that other ranks have updated their parts of it; with
-    sharded parameters ``STALE`` means that the slot holds another unit, or nothing.
+    With replicated parameters the buffer is always there and ``STALE`` means that other ranks have updated their parts
+    of it; with sharded parameters ``STALE`` means that the slot holds another unit, or nothing.
     """
 
     STALE = "stale"
@@ -62,6 +62,7 @@ class Unit:
     ticket: Ticket | None = None
     active: int = 0  # forwards of the module that are running
     armed: bool = False  # its backward is running: the parameters must stay
+    brought: bool = False  # its parameters have been brought for this backward
     calls: int = 0  # forwards since the last backward
     recomputed: bool = False  # a checkpointed forward ran again in this backward
     landed: int = 0  # trainable parameters whose gradient has come in this backward
@@ -91,7 +92,9 @@ class Unit:
         return sum(_padded(lane.numel * lane.landing_dtype.itemsize) for lane in self.trainable)
 
     def seat(self, slot: Slot) -> None:
-        """Make the parameters views of ``slot``, for good: tensors that a forward saved as views of a weight find it again there."""
+        """Make the parameters views of ``slot``, for good: tensors that a forward saved as views of a weight find it
+        again there.
+        """
         self.slot = slot
         for lane, part in _carve(slot.buffer, [(lane, lane.numel, lane.compute_dtype) for lane in self.lanes]):
             lane.seat(part)

@@ -1,7 +1,8 @@
 """Which modules' parameters travel together.
 
-A *unit* is a module whose parameters are gathered before it runs and reduced after its backward. The *root* unit holds what belongs to
-no other: parameters outside the units, parameters shared between units (tied weights), and it stays whole from forward to step.
+A *unit* is a module whose parameters are gathered before it runs and reduced after its backward. The *root* unit holds
+what belongs to no other: parameters outside the units, parameters shared between units (tied weights), and it stays
+whole from forward to step.
 """
 
 from __future__ import annotations
@@ -91,19 +92,39 @@ def _choose(model: nn.Module, units: Units) -> set[str]:
         return _repeated_blocks(model)
     named = [(name, module) for name, module in model.named_modules() if name]
     if callable(units):
-        return {name for name, module in named if units(name, module)}
+        return _runnable(model, {name for name, module in named if units(name, module)})
     chosen: set[str] = set()
     classes = {type(module).__name__ for _, module in named}
     for pattern in units:
-        found = {name for name, module in named if type(module).__name__ == pattern or fnmatch.fnmatchcase(name, pattern)}
+        found = {
+            name for name, module in named if type(module).__name__ == pattern or fnmatch.fnmatchcase(name, pattern)
+        }
         if not found:
-            raise ConfigError(f"zero.units names {pattern!r}, but no module of that class or name exists. {did_you_mean(pattern, sorted(classes))}")
+            raise ConfigError(
+                f"zero.units names {pattern!r}, but no module of that class or name exists. "
+                f"{did_you_mean(pattern, sorted(classes))}"
+            )
         chosen |= found
+    return _runnable(model, chosen)
+
+
+def _runnable(model: nn.Module, chosen: set[str]) -> set[str]:
+    """Check that every unit has a forward before which its parameters can be brought."""
+    for name in sorted(chosen):
+        kind = type(model.get_submodule(name))
+        if kind.forward is nn.Module.forward:
+            raise ConfigError(
+                f"zero.units chooses {name!r}, but a {kind.__name__} has no forward: its parameters would never be "
+                "brought. "
+                "Choose the modules inside it, or the one that contains it."
+            )
     return chosen
 
 
 def _repeated_blocks(model: nn.Module) -> set[str]:
-    """Return the names of the entries of every large outermost list that repeats one class of module with parameters."""
+    """Return the names of the entries of every large outermost list that repeats one class of module with
+    parameters.
+    """
     sizes: dict[str, int] = {}
     entries: dict[str, list[str]] = {}
     inside: set[str] = set()
@@ -115,7 +136,7 @@ def _repeated_blocks(model: nn.Module) -> set[str]:
         if not isinstance(module, _LISTS):
             continue
         children = [(child, m) for child, m in module.named_children() if any(p.numel() for p in m.parameters())]
-        kinds = defaultdict(int)
+        kinds: dict[type, int] = defaultdict(int)
         for _, child in children:
             kinds[type(child)] += 1
         if max(kinds.values(), default=0) >= 2:
@@ -128,9 +149,13 @@ def _repeated_blocks(model: nn.Module) -> set[str]:
 
 def _check(name: str, param: nn.Parameter) -> None:
     if isinstance(param, nn.parameter.UninitializedParameter):
-        raise UnsupportedError(f"Parameter {name!r} of a lazy module has no shape yet. Run one forward before training, or give the module its sizes.")
+        raise UnsupportedError(
+            f"Parameter {name!r} of a lazy module has no shape yet. Run one forward before training, or give the "
+            "module its sizes."
+        )
     if type(param.data) is not torch.Tensor or param.layout is not torch.strided:
         raise UnsupportedError(
-            f"Parameter {name!r} is a {type(param.data).__name__} of layout {param.layout}; lit_zero shards plain dense tensors. "
+            f"Parameter {name!r} is a {type(param.data).__name__} of layout {param.layout}; lit_zero shards plain "
+            "dense tensors. "
             "Convert it before the strategy's setup."
         )

@@ -1,0 +1,256 @@
+"""Compare lit_zero with the other ways to train data-parallel: step time, memory and losses on the same GPT.
+
+    python examples/benchmark.py                                  # 2 and 4 ranks, both sizes: about an hour on 2 cores
+    python examples/benchmark.py --ranks 2 --sizes 2M --rounds 2  # minutes
+    python examples/benchmark.py --device cuda --ranks 1 --sizes 30M
+
+The contenders take turns (A B C A B C ...), each turn in fresh processes with one thread per rank, so that a machine
+that slows down slows all of them. The yardstick is the *time above the floor*: the median step of a contender minus
+the median step of the same processes training unconnected. Peak memory comes from turns of its own (see
+``TensorMemory`` in ``benchmark_worker.py``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from benchmark_worker import CONTENDERS, Turn
+
+SIZES: dict[str, tuple[dict[str, int], int]] = {  # arguments of GPT, and sequences per rank and step
+    "tiny": ({"vocab_size": 64, "block_size": 16, "dim": 32, "layers": 2, "heads": 2}, 2),
+    "2M": ({"vocab_size": 1024, "block_size": 128, "dim": 192, "layers": 4, "heads": 6}, 4),
+    "30M": ({"vocab_size": 4096, "block_size": 128, "dim": 512, "layers": 9, "heads": 8}, 4),
+}
+WORKER = Path(__file__).with_name("benchmark_worker.py")
+
+
+@dataclass
+class Measured:
+    """What all turns of one contender have measured.
+
+    Attributes:
+        rounds: median step of each turn, in seconds.
+        seconds: all measured steps, in seconds, each the mean over ranks.
+        peak_bytes: of the rank with the most; None if not measured.
+        losses: mean over ranks, one per step from the first; equal seeds make them comparable.
+        failure: why a turn gave no result; empty if all did.
+    """
+
+    rounds: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    peak_bytes: int | None = None
+    losses: list[float] = field(default_factory=list)
+    failure: str = ""
+
+    @property
+    def step(self) -> float:
+        """Median step in seconds."""
+        return statistics.median(self.seconds)
+
+    def add(self, results: list[dict]) -> None:
+        """Take in what each rank wrote down in one turn."""
+        seconds = [statistics.fmean(steps) for steps in zip(*(r["seconds"] for r in results), strict=True)]
+        if not results[0]["turn"]["memory"] or results[0]["turn"]["device"] == "cuda":
+            self.seconds += seconds
+            self.rounds.append(statistics.median(seconds))
+            self.losses = [statistics.fmean(losses) for losses in zip(*(r["losses"] for r in results), strict=True)]
+        if results[0]["peak_bytes"] is not None:
+            self.peak_bytes = max(self.peak_bytes or 0, *(r["peak_bytes"] for r in results))
+
+
+def take_turn(turn: Turn, timeout: float) -> list[dict]:
+    """Run one turn in fresh processes and return what each rank wrote down.
+
+    Args:
+        turn: what to run.
+        timeout: seconds after which the turn is given up.
+
+    Raises:
+        RuntimeError: with the last line of the first rank that failed; no process of the turn is left.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "DS_ACCELERATOR": turn.device}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # the ranks find what this process finds
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        logs = [folder / f"{rank}.log" for rank in range(turn.ranks)]
+        processes = []
+        with contextlib.ExitStack() as stack:
+            for rank, log in enumerate(logs):
+                ranked = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(turn.ranks)}
+                command = [sys.executable, str(WORKER), json.dumps(asdict(turn)), str(rank), str(folder)]
+                output = stack.enter_context(log.open("wb"))
+                processes.append(
+                    subprocess.Popen(command, env={**environment, **ranked}, stdout=output, stderr=subprocess.STDOUT)
+                )
+        failed = _wait(processes, timeout)
+        if failed is not None:
+            lines = logs[failed].read_text(errors="replace").strip().splitlines() or ["no output"]
+            raise RuntimeError(f"rank {failed}: {lines[-1]}")
+        return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(turn.ranks)]
+
+
+def _wait(processes: list[subprocess.Popen[bytes]], timeout: float) -> int | None:
+    """Wait for all; when one fails or time is up, end the others. Return the first rank that failed."""
+    end = time.monotonic() + timeout
+    try:
+        while True:
+            codes = [process.poll() for process in processes]
+            for rank, code in enumerate(codes):
+                if code:
+                    return rank
+            if all(code == 0 for code in codes):
+                return None
+            if time.monotonic() > end:
+                return codes.index(None)
+            time.sleep(0.05)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def measure(names: list[str], size: str, ranks: int, options: argparse.Namespace) -> dict[str, Measured]:
+    """Let the contenders take turns, ``options.rounds`` times, and then once each for memory."""
+    model, batch_size = SIZES[size]
+    measured = {name: Measured() for name in names}
+    # The memory meter sums up all live memory after every operation, so few steps must do; the first has made all
+    # lasting buffers.
+    memory_turns = [] if options.no_memory or options.device == "cuda" else [True]
+    for memory in [False] * options.rounds + memory_turns:
+        warmup, steps = (2, 2) if memory else (options.warmup, options.steps)
+        for name in names:
+            if measured[name].failure:
+                continue
+            turn = Turn(name, ranks, model, batch_size, warmup, steps, options.device, memory)
+            try:
+                measured[name].add(take_turn(turn, options.timeout))
+            except RuntimeError as error:
+                measured[name].failure = str(error)
+            _report_turn(name, size, ranks, memory, measured[name])
+    return measured
+
+
+def _report_turn(name: str, size: str, ranks: int, memory: bool, measured: Measured) -> None:
+    if measured.failure:
+        outcome = f"failed: {measured.failure}"
+    elif memory:
+        outcome = f"{(measured.peak_bytes or 0) / 1e6:.1f} MB"
+    else:
+        outcome = f"{measured.rounds[-1] * 1e3:.1f} ms"
+    print(f"{size} on {ranks} ranks, {name}: {outcome}", file=sys.stderr, flush=True)
+
+
+def table(measured: dict[str, Measured]) -> str:
+    """Return the comparison as a Markdown table; ratios need ``floor``, ``ddp`` and ``fsdp2-reshard``."""
+    rows = [
+        "| contender | step, ms (each round) | of DDP | above floor, ms | of DDP's | of FSDP2's "
+        "| peak memory, MB | of DDP | last loss |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    steps = {name: found.step for name, found in measured.items() if found.seconds and not found.failure}
+    above = {name: step - steps["floor"] for name, step in steps.items()} if "floor" in steps else {}
+    peaks = {name: found.peak_bytes for name, found in measured.items() if found.peak_bytes}
+    for name, found in measured.items():
+        if name not in steps:
+            rows.append(f"| {name} | failed: {found.failure} | | | | | | | |")
+            continue
+        each = ", ".join(f"{seconds * 1e3:.1f}" for seconds in found.rounds)
+        cells = [
+            name,
+            f"{steps[name] * 1e3:.1f} ({each})",
+            _ratio(steps, name, "ddp"),
+            f"{above[name] * 1e3:.1f}" if above else "",
+            _ratio(above, name, "ddp") if name != "floor" else "",
+            _ratio(above, name, "fsdp2-reshard") if name != "floor" else "",
+            f"{peaks[name] / 1e6:.1f}" if name in peaks else "",
+            _ratio(peaks, name, "ddp"),
+            f"{found.losses[-1]:.7f}",
+        ]
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def _ratio(values: dict[str, float] | dict[str, int], name: str, reference: str) -> str:
+    """The value of ``name`` as a multiple of that of ``reference``; empty without a reference that is above zero."""
+    if name not in values or values.get(reference, 0) <= 0:
+        return ""
+    return f"{values[name] / values[reference]:.2f}"
+
+
+def describe_machine(device: str) -> str:
+    """Return one line that says where the figures come from."""
+    what = torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} CPU cores ({_cpu_name()})"
+    return f"{what}, torch {torch.__version__}, Python {platform.python_version()}, one thread per rank"
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def choose(only: Iterable[str] | None) -> tuple[list[str], list[str]]:
+    """Return the contenders to run and remarks about those that cannot run here."""
+    names = [name for name in CONTENDERS if only is None or name in only or name == "floor"]
+    if importlib.util.find_spec("deepspeed") is not None:
+        return names, []
+    missing = [name for name in names if name.startswith("deepspeed")]
+    remarks = [f"DeepSpeed is not installed, so {', '.join(missing)} did not run."] if missing else []
+    return [name for name in names if name not in missing], remarks
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], help="numbers of processes")
+    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["2M", "30M"])
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each contender")
+    parser.add_argument("--steps", type=int, default=10, help="measured steps per turn")
+    parser.add_argument("--warmup", type=int, default=3, help="steps before the measured ones")
+    parser.add_argument("--only", nargs="+", choices=list(CONTENDERS), help="contenders; the floor always runs")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--no-memory", action="store_true", help="skip the turns that measure peak memory (CPU)")
+    parser.add_argument("--timeout", type=float, default=300.0, help="seconds after which a turn is given up")
+    parser.add_argument("--markdown", type=Path, help="also write the tables to this file")
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and max(options.ranks) > torch.cuda.device_count():
+        parser.error(f"--ranks {max(options.ranks)} needs as many GPUs, but {torch.cuda.device_count()} are visible")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the benchmark; return 1 if a contender failed."""
+    options = parse(arguments)
+    names, remarks = choose(options.only)
+    parts = [describe_machine(options.device), *remarks]
+    failed = False
+    for size in options.sizes:
+        for ranks in options.ranks:
+            measured = measure(names, size, ranks, options)
+            failed |= any(found.failure for found in measured.values())
+            parts.append(f"### {size} parameters, {ranks} ranks\n\n{table(measured)}")
+            print("\n" + parts[-1], flush=True)
+            if options.markdown:
+                options.markdown.write_text("\n\n".join(parts) + "\n")
+    print("\n" + "\n".join(parts[: 1 + len(remarks)]))
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,5 @@
+"""The Lightning strategy: the only part of lit_zero that knows Lightning."""
+
+from lit_zero.strategy.strategy import ZeroStrategy
+
+__all__ = ["ZeroStrategy"]

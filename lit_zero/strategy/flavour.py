@@ -1,0 +1,66 @@
+"""Lightning under either of its names: the package ``lightning``, or ``pytorch_lightning`` where that is what the user
+runs.
+
+The two ship the same classes twice, and a Trainer accepts only its own. ``lightning`` is taken unless it is missing, or
+unless the program has imported ``pytorch_lightning`` and not ``lightning``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+    from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment, TorchCheckpointIO
+    from lightning.fabric.utilities.distributed import _init_dist_connection, _sync_ddp_if_available
+    from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
+    from lightning.fabric.utilities.seed import reset_seed
+    from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
+    from lightning.pytorch.strategies import StrategyRegistry
+    from lightning.pytorch.strategies.parallel import ParallelStrategy
+    from lightning.pytorch.trainer.states import TrainerFn
+    from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
+else:
+    _other = "pytorch_lightning" in sys.modules and "lightning.pytorch" not in sys.modules
+    if _other or importlib.util.find_spec("lightning") is None:
+        _PL, _FABRIC = "pytorch_lightning", "lightning_fabric"
+    else:
+        _PL, _FABRIC = "lightning.pytorch", "lightning.fabric"
+
+    def _take(module: str, *names: str) -> None:
+        found = import_module(module)
+        globals().update({name: getattr(found, name) for name in names})
+
+    pl = import_module(_PL)
+    _take(f"{_FABRIC}.plugins", "CheckpointIO", "ClusterEnvironment", "TorchCheckpointIO")
+    _take(f"{_FABRIC}.utilities.distributed", "_init_dist_connection", "_sync_ddp_if_available")
+    _take(f"{_FABRIC}.utilities.seed", "reset_seed")
+    fabric_rank_zero_only = import_module(f"{_FABRIC}.utilities.rank_zero").rank_zero_only
+    _take(f"{_PL}.plugins.precision", "DoublePrecision", "HalfPrecision", "MixedPrecision", "Precision")
+    _take(f"{_PL}.strategies", "StrategyRegistry")
+    _take(f"{_PL}.strategies.parallel", "ParallelStrategy")
+    _take(f"{_PL}.trainer.states", "TrainerFn")
+    _take(f"{_PL}.utilities.rank_zero", "rank_zero_only", "rank_zero_warn")
+
+__all__ = [
+    "CheckpointIO",
+    "ClusterEnvironment",
+    "DoublePrecision",
+    "HalfPrecision",
+    "MixedPrecision",
+    "ParallelStrategy",
+    "Precision",
+    "StrategyRegistry",
+    "TorchCheckpointIO",
+    "TrainerFn",
+    "_init_dist_connection",
+    "_sync_ddp_if_available",
+    "fabric_rank_zero_only",
+    "pl",
+    "rank_zero_only",
+    "rank_zero_warn",
+    "reset_seed",
+]

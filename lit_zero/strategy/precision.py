@@ -1,0 +1,119 @@
+"""Lightning's precision plugins, with the engine where they touch gradients.
+
+The user's ``Trainer(precision=...)`` makes the plugin; a class of the same name is laid over it. The name matters: it
+is the key under which a checkpoint keeps the loss scaler, so that plain Lightning and lit_zero read each other's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from lit_zero.core.errors import UnsupportedError
+from lit_zero.strategy.flavour import DoublePrecision, HalfPrecision, MixedPrecision, Precision
+from lit_zero.zero.engine import Engine
+
+_KNOWN = (Precision, MixedPrecision, HalfPrecision, DoublePrecision)
+
+
+class _OnShards:
+    """What a precision plugin does differently when gradients are shards. The engine is asked for late: it is made
+    in ``setup``.
+    """
+
+    _engine: Callable[[], Engine]
+
+    def backward(self, tensor: torch.Tensor, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        engine = self._engine()
+        engine.begin_backward()
+        super().backward(tensor, model, optimizer, *args, **kwargs)  # type: ignore[misc]
+        engine.end_backward()
+
+    def clip_grad_by_norm(self, optimizer: Any, clip_val: float) -> None:
+        self._engine().clip_grad_norm(clip_val)
+
+    def clip_grad_by_value(self, optimizer: Any, clip_val: float) -> None:
+        self._engine().clip_grad_value(clip_val)
+
+
+class _AgreeingScaler(torch.amp.GradScaler):
+    """A loss scaler on which all ranks agree: one rank's overflow skips the step everywhere.
+
+    Attributes:
+        skipped: the last step was skipped.
+    """
+
+    _engine: Callable[[], Engine]
+    skipped = False
+
+    def _unscale_grads_(
+        self, optimizer: Any, inv_scale: Any, found_inf: Any, allow_fp16: bool
+    ) -> dict[torch.device, torch.Tensor]:
+        # Gradients are views that share one buffer with others of the group, so they are not grouped by storage here.
+        found = super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16)
+        engine = self._engine()
+        flag = next(iter(found.values())) if found else torch.zeros(1, device=engine.device)
+        flag = engine.exchange.maximum(flag)
+        self.skipped = bool(flag.item())
+        return {flag.device: flag}
+
+
+def over_shards(plugin: Precision, engine: Callable[[], Engine]) -> Precision:
+    """Return ``plugin`` with gradients taken from the engine.
+
+    Args:
+        plugin: what Lightning made of ``Trainer(precision=...)`` or ``Trainer(plugins=...)``.
+        engine: returns the engine once it exists.
+
+    Raises:
+        UnsupportedError: for a plugin that replaces the model's layers.
+    """
+    if isinstance(plugin, _OnShards):
+        plugin._engine = engine
+        return plugin
+    base = type(plugin)
+    if not any(base is known or (issubclass(base, known) and known is not Precision) for known in _KNOWN):
+        raise UnsupportedError(
+            f"The precision plugin {base.__name__} does not work with ZeroStrategy. Use Trainer(precision=...) with "
+            "one of "
+            "'32-true', '64-true', 'bf16-mixed', '16-mixed', 'bf16-true', '16-true'."
+        )
+    kind = type(base.__name__, (_OnShards, base), {"__qualname__": base.__qualname__, "__module__": base.__module__})
+    covered: Any = object.__new__(kind)
+    covered.__dict__.update(vars(plugin))
+    covered._engine = engine
+    scaler = getattr(plugin, "scaler", None)
+    if scaler is not None:
+        covered.scaler = object.__new__(_AgreeingScaler)
+        covered.scaler.__dict__.update(vars(scaler))
+        covered.scaler._engine = engine
+    result: Precision = covered
+    return result
+
+
+def lowered_dtype(plugin: Precision) -> torch.dtype | None:
+    """Return the 2-byte dtype of a mixed mode, ``None`` for the others."""
+    modes = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+    return modes.get(str(plugin.precision))
+
+
+def hold_with_skipped_steps(scheduler: Any, plugin: Precision) -> None:
+    """Let ``scheduler`` stand still when the loss scaler has skipped the step.
+
+    The scheduler gets a class of the same name whose ``step`` looks first; its state, which goes into checkpoints, is
+    untouched.
+    """
+    scaler = getattr(plugin, "scaler", None)
+    if scaler is None:
+        return
+    base = type(scheduler)
+
+    def step(self: Any, *args: Any, **kwargs: Any) -> None:
+        if not scaler.skipped:
+            base.step(self, *args, **kwargs)
+
+    scheduler.__class__ = type(
+        base.__name__, (base,), {"step": step, "__qualname__": base.__qualname__, "__module__": base.__module__}
+    )

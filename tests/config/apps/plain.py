@@ -1,0 +1,33 @@
+"""A script without Hydra: ``plain.py FAILURE FOLDER``. Every rank leaves its process number in FOLDER."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import lightning.pytorch as pl
+from tiny import Tiny, before_fit, data
+
+import lit_zero
+from lit_zero.strategy import ranks
+
+if __name__ == "__main__":
+    failure, folder = sys.argv[1], Path(sys.argv[2])
+    ranks.STUCK_SECONDS = 6.0
+    (folder / f"pid{os.environ.get('LOCAL_RANK', 0)}").write_text(str(os.getpid()))
+    before_fit(failure)
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    for _ in range(2):  # the second Trainer takes the processes that the first has started
+        trainer = pl.Trainer(
+            accelerator="cpu", devices=2, strategy=lit_zero.ZeroStrategy("stage2"), max_steps=3, **quiet
+        )
+        model = Tiny(failure=failure)
+        trainer.fit(model, data())
+        trainer.validate(model, data(), verbose=False)
+    (folder / f"done{trainer.global_rank}").write_text(str(trainer.global_step))

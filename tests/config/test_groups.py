@@ -1,0 +1,161 @@
+"""Every option of every group composes, has all its values, and builds what it says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigAttributeError, ValidationError
+
+import lit_zero
+from lit_zero import Checkpoint, Comm, Precision, Zero, ZeroStrategy
+from lit_zero.config.schema import SCHEMAS
+from tests.config.support import APPS, composed, run
+
+CONF = Path(lit_zero.__file__).parents[1] / "conf"
+OPTIONS = [f"{file.parent.name}={file.stem}" for file in sorted(CONF.glob("*/*.yaml")) if file.parent.name != "hydra"]
+
+
+def test_all_groups_are_there() -> None:
+    groups = {option.split("=")[0] for option in OPTIONS} | {"hydra"}
+    assert groups == {
+        *("zero", "precision", "checkpoint", "comm", "optimizer", "scheduler", "model", "data", "trainer"),
+        *("logger", "callbacks", "experiment", "hydra", "paths"),
+    }
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_option_composes_with_nothing_missing(option: str) -> None:
+    cfg = composed(option)
+    assert OmegaConf.missing_keys(cfg) == set()
+    group = option.split("=")[0]
+    if group in SCHEMAS or group in SCHEMAS[""]:
+        assert OmegaConf.get_type(cfg, group) is not dict, f"{option} is not bound to a schema"
+
+
+@pytest.mark.parametrize("stage", ["none", "stage1", "stage2", "stage3"])
+def test_zero_builds_the_stage_with_its_own_defaults(stage: str) -> None:
+    assert instantiate(composed(f"zero={stage}").zero) == Zero(stage)
+
+
+@pytest.mark.parametrize(
+    ("mode", "keys"),
+    [
+        ("32-true", set()),
+        ("bf16-true", {"reduce_dtype"}),
+        ("bf16-mixed", {"reduce_dtype", "gradient_dtype", "lower"}),
+        ("16-mixed", {"reduce_dtype", "gradient_dtype", "lower"}),
+    ],
+)
+def test_precision_sets_lightnings_mode_and_only_keys_with_an_effect(mode: str, keys: set[str]) -> None:
+    cfg = composed(f"precision={mode}")
+    assert cfg.trainer.precision == mode
+    assert {key for key in cfg.precision if not key.startswith("_")} == keys
+    assert instantiate(cfg.precision) == Precision()
+
+
+def test_strategy_gets_every_group() -> None:
+    cfg = composed(
+        "zero=stage3",
+        "zero.slots=3",
+        "zero.units=[Block]",
+        "comm=plain",
+        "checkpoint=sharded",
+        "precision=bf16-mixed",
+        "precision.lower=all",
+    )
+    strategy = instantiate(cfg.strategy)
+    assert isinstance(strategy, ZeroStrategy)
+    assert strategy.zero == Zero("stage3", units=["Block"], slots=3)
+    assert strategy.comm == Comm(overlap=False)
+    assert strategy.checkpoint_policy == Checkpoint("sharded")
+    assert strategy.precision_policy == Precision(lower="all")
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd"])
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+def test_optimizer_and_scheduler_are_built_by_the_model(name: str, schedule: str) -> None:
+    cfg = composed(f"optimizer={name}", f"scheduler={schedule}", "optimizer.lr=0.5")
+    optimizer = instantiate(cfg.optimizer)([torch.nn.Parameter(torch.ones(2))])
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    # a checkpoint must open without OmegaConf
+    assert all(type(value).__module__ != "omegaconf.listconfig" for value in optimizer.param_groups[0].values())
+    arguments = {"total_steps": 100} if schedule == "cosine" else {}
+    scheduler = instantiate(cfg.scheduler)(optimizer, **arguments)
+    for _ in range(30):
+        optimizer.step()
+        scheduler.step()
+    assert (optimizer.param_groups[0]["lr"] == 0.5) is (schedule == "constant")
+
+
+def test_model_and_data_are_built() -> None:
+    cfg = composed("model.dim=64", "data.block_size=32", "data.vocab_size=256")
+    model, data = instantiate(cfg.model), instantiate(cfg.data)
+    assert model.hparams["block_size"] == data.block_size == 32
+    assert model.hparams["vocab_size"] == data.vocab_size == 256
+    assert model.hparams["dim"] == 64
+
+
+def test_trainer_loggers_and_callbacks_are_built(tmp_path: Path) -> None:
+    cfg = composed(
+        "trainer.devices=1", "logger=csv", "trainer.enable_progress_bar=false", f"paths.output_dir={tmp_path}"
+    )
+    callbacks = [instantiate(node) for node in cfg.callbacks.values()]
+    loggers = [instantiate(node) for node in cfg.logger.values()]
+    trainer = instantiate(cfg.trainer, _partial_=True)(
+        callbacks=callbacks, logger=loggers, strategy=instantiate(cfg.strategy)
+    )
+    assert trainer.max_steps == cfg.trainer.max_steps
+    assert all(callback in trainer.callbacks for callback in callbacks)
+
+
+def test_last_check_is_at_the_last_step() -> None:
+    for option in ("trainer=cpu", "trainer=gpu", "experiment=stages", "experiment=gpt_30m"):
+        trainer = composed(option).trainer
+        assert trainer.max_steps % trainer.val_check_interval == 0
+
+
+def test_experiment_stages_is_a_sweep() -> None:
+    cfg = composed("experiment=stages", hydra=True)
+    assert cfg.hydra.mode.name == "MULTIRUN"
+    assert cfg.hydra.sweeper.params.zero == "none,stage1,stage2,stage3"
+
+
+def test_schemas_refuse_unknown_keys_and_wrong_types() -> None:
+    cfg = composed("zero=stage3")
+    with pytest.raises(ConfigAttributeError):
+        cfg.zero.slot = 3
+    with pytest.raises(ValidationError):
+        cfg.zero.slots = "three"
+    with pytest.raises(ValidationError):
+        cfg.comm.overlap = "maybe"
+    with pytest.raises(ValidationError):
+        cfg.trainer.max_steps = 1.5
+
+
+def test_app_that_does_not_import_lit_zero_composes_its_groups(tmp_path: Path) -> None:
+    done = run(APPS / "bare.py", cwd=tmp_path)
+    assert done.code == 0, done.output
+    cfg = json.loads(done.output)
+    assert cfg["zero"]["stage"] == "stage3"
+    assert cfg["trainer"]["precision"] == "bf16-mixed"
+
+
+def test_importing_lit_zero_leaves_hydra_alone_until_it_is_used(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\n"
+        "import lit_zero, lit_zero.config\n"
+        "assert not any(name.split('.')[0] in ('hydra', 'omegaconf') for name in sys.modules)\n"
+        "from hydra import compose, initialize_config_dir\n"
+        "from omegaconf import OmegaConf\n"
+        f"open({str(tmp_path / 'mine.yaml')!r}, 'w').write('defaults: [/zero: stage1]')\n"
+        f"with initialize_config_dir({str(tmp_path)!r}, version_base='1.3'):\n"
+        "    assert compose('mine').zero.stage == 'stage1'\n"
+    )
+    done = run(script, cwd=tmp_path)
+    assert done.code == 0, done.output

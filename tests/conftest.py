@@ -1,0 +1,120 @@
+"""Fixtures for all tests: ranks, the guard that a test leaves no trace, and the count of tests that need a GPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Generator, Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.pool import RankPool
+
+# Environment variables that pytest, torch and Lightning set themselves in the course of normal work (launching,
+# seeding, determinism, compiling), as lit_zero does with LIT_ZERO_*. A test is not to blame for them: they are put
+# back without a word.
+NOT_OURS = {
+    "PYTEST_CURRENT_TEST",
+    "PYTORCH_NVML_BASED_CUDA_CHECK",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "CUDA_DEVICE_ORDER",
+    "TRITON_CACHE_DIR",
+    "TRITON_PTXAS_PATH",
+    "PL_GLOBAL_SEED",
+    "PL_SEED_WORKERS",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "WORLD_SIZE",
+    "NODE_RANK",
+    "LOCAL_RANK",
+    "OMP_NUM_THREADS",
+}
+
+GPU_ITEMS = pytest.StashKey[set[str]]()
+GPU_RUN = pytest.StashKey[set[str]]()
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Callable[[int], RankPool]]:
+    """``ranks(2).run(fn, *args)`` calls ``fn`` on 2 gloo ranks; see ``tests/pool.py``."""
+    pools: dict[int, RankPool] = {}
+
+    def pool(world_size: int) -> RankPool:
+        if world_size not in pools:
+            pools[world_size] = RankPool(world_size)
+        return pools[world_size]
+
+    yield pool
+    for each in pools.values():
+        each.close()
+
+
+@pytest.fixture(autouse=True)
+def leaves_no_trace() -> Iterator[None]:
+    """Fail the test that changes the process for the tests after it, and put the process right for them."""
+    environment = dict(os.environ)
+    directory = os.getcwd()
+    dtype = torch.get_default_dtype()
+    threads = torch.get_num_threads()
+    grad = torch.is_grad_enabled()
+    yield
+    leaks = []
+    if dist.is_initialized():
+        leaks.append("a process group (call torch.distributed.destroy_process_group)")
+        dist.destroy_process_group()
+    if torch.get_default_dtype() != dtype:
+        leaks.append(f"default dtype {torch.get_default_dtype()}, was {dtype}")
+        torch.set_default_dtype(dtype)
+    if torch.get_num_threads() != threads:
+        leaks.append(f"{torch.get_num_threads()} torch threads, were {threads}")
+        torch.set_num_threads(threads)
+    if torch.is_grad_enabled() != grad:
+        leaks.append(f"gradients {'enabled' if torch.is_grad_enabled() else 'disabled'}")
+        torch.set_grad_enabled(grad)
+    if os.getcwd() != directory:
+        leaks.append(f"working directory {os.getcwd()}, was {directory} (use monkeypatch.chdir)")
+        os.chdir(directory)
+    changed = sorted(
+        name for name in environment.keys() | os.environ.keys() if environment.get(name) != os.environ.get(name)
+    )
+    ours = [name for name in changed if name not in NOT_OURS and not name.startswith("LIT_ZERO_")]
+    if ours:
+        leaks.append(f"environment variables {', '.join(ours)} (use monkeypatch.setenv)")
+    for name in changed:
+        if name in environment:
+            os.environ[name] = environment[name]
+        else:
+            del os.environ[name]
+    if leaks:
+        pytest.fail("The test left behind: " + "; ".join(leaks) + ".", pytrace=False)
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m and -k deselect, so that those tests are counted too
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    config.stash[GPU_ITEMS] = {item.nodeid for item in gpu}
+    config.stash[GPU_RUN] = set()
+    if not torch.cuda.is_available():
+        for item in gpu:
+            item.add_marker(pytest.mark.skip(reason="no GPU visible"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.when == "call" and not report.skipped and item.nodeid in item.config.stash[GPU_ITEMS]:
+        item.config.stash[GPU_RUN].add(item.nodeid)
+    return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say how many GPU tests ran: a green run without a GPU must not look like one with it."""
+    items, run = config.stash.get(GPU_ITEMS, set()), config.stash.get(GPU_RUN, set())
+    parts = [f"{len(run)} run"] if run or not items else []
+    if items - run:
+        reason = "skipped, deselected or not reached" if torch.cuda.is_available() else "no GPU visible"
+        parts.append(f"{len(items - run)} not run ({reason})")
+    terminalreporter.write_line(f"gpu tests: {', '.join(parts)}")

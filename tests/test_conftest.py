@@ -1,0 +1,116 @@
+"""The guard that a test leaves no trace, and the summary line about GPU tests: pytest runs inside these tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest_plugins = ["pytester"]
+
+LEAKS = """
+    import os
+    import pytest
+    import torch
+
+    def test_process_group():
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+
+    def test_environment():
+        os.environ["LEFT_BEHIND"] = "1"
+
+    def test_dtype():
+        torch.set_default_dtype(torch.float64)
+
+    def test_threads():
+        torch.set_num_threads(torch.get_num_threads() + 1)
+
+    def test_gradients():
+        torch.set_grad_enabled(False)
+
+    def test_directory(tmp_path):
+        os.chdir(tmp_path)
+
+    def test_innocent(monkeypatch, tmp_path):
+        assert not torch.distributed.is_initialized()
+        assert "LEFT_BEHIND" not in os.environ
+        assert torch.get_default_dtype() == torch.float32
+        assert torch.is_grad_enabled()
+        monkeypatch.setenv("LEFT_BEHIND", "1")
+        monkeypatch.chdir(tmp_path)
+        os.environ["LOCAL_RANK"] = "0"  # Lightning's launcher does this
+
+    def test_lightning_is_forgotten():
+        assert "LOCAL_RANK" not in os.environ
+"""
+
+GPU = """
+    import pytest
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("number", [1, 2, 3])
+    def test_gpu(number):
+        pass
+
+    @pytest.mark.gpu
+    def test_needs_more():
+        pytest.skip("needs two")
+
+    def test_cpu():
+        pass
+"""
+
+
+@pytest.fixture(autouse=True)
+def inner_run(pytester: pytest.Pytester) -> None:
+    pytester.makeconftest(Path(__file__).with_name("conftest.py").read_text())
+    pytester.makeini("[pytest]\nmarkers = gpu\naddopts = --strict-markers -p no:cacheprovider\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("process_group", "a process group"),
+        ("environment", "environment variables LEFT_BEHIND"),
+        ("dtype", "default dtype torch.float64, was torch.float32"),
+        ("threads", "torch threads, were"),
+        ("gradients", "gradients disabled"),
+        ("directory", "working directory"),
+    ],
+)
+def test_a_trace_is_an_error_that_names_it_and_is_put_right(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, name: str, words: str
+) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    pytester.makepyfile(LEAKS)
+    result = pytester.runpytest_inprocess("-k", f"{name} or innocent or lightning")
+    result.assert_outcomes(
+        passed=3, errors=1, deselected=5
+    )  # the test itself passed, leaving the process as it was did not
+    result.stdout.fnmatch_lines([f"The test left behind: *{words}*."])
+
+
+@pytest.mark.parametrize(
+    ("gpu", "arguments", "line"),
+    [
+        (False, [], "gpu tests: 4 not run (no GPU visible)"),
+        (False, ["-m", "not gpu"], "gpu tests: 4 not run (no GPU visible)"),
+        (True, [], "gpu tests: 3 run, 1 not run (skipped, deselected or not reached)"),
+        (True, ["-k", "test_gpu"], "gpu tests: 3 run, 1 not run (skipped, deselected or not reached)"),
+        (True, ["-m", "not gpu"], "gpu tests: 4 not run (skipped, deselected or not reached)"),
+    ],
+)
+def test_the_summary_counts_gpu_tests(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, gpu: bool, arguments: list[str], line: str
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    pytester.makepyfile(GPU)
+    result = pytester.runpytest_inprocess(*arguments)
+    assert line in result.outlines
+    assert result.ret == 0
+
+
+def test_the_summary_speaks_without_gpu_tests_too(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile("def test_cpu():\n    pass\n")
+    assert "gpu tests: 0 run" in pytester.runpytest_inprocess("-q").outlines
