@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from lit_zero.comm.exchange import Done, Exchange, Gather, Reduce, Ticket, finish_sum
 
-_CHUNK_BYTES = 1 << 20  # a sum works on chunks of this size: they stay in the cache between arriving and being added
+_CHUNK_BYTES = 1 << 18  # a sum works on chunks of this size: they stay in the cache between arriving and being added
 
 
 class _Pending:

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from lit_zero.comm.exchange import Exchange
+from lit_zero.comm.exchange import Exchange, Gather
 from lit_zero.core.errors import LitZeroError
 from lit_zero.core.nested import tensors_in
 from lit_zero.core.piece import ParamState, Piece
@@ -36,8 +36,8 @@ from lit_zero.zero.lane import Lane, ParamInfo
 from lit_zero.zero.materialize import materialize, on_meta
 from lit_zero.zero.policy import Placement, Zero
 from lit_zero.zero.reducing import Reducer
-from lit_zero.zero.unit import Parameters, Unit
-from lit_zero.zero.units import UnitPlan, plan_units
+from lit_zero.zero.unit import Parameters, Parcel, Unit
+from lit_zero.zero.units import UnitPlan, cut_evenly, plan_units
 
 
 class Engine:
@@ -89,7 +89,7 @@ class Engine:
         slots = zero.slots or 2
         self._gatherer = Gatherer(self.units, exchange, slots, self.device, zero.poison)
         self._reducer = Reducer(self.units, exchange, self.device)
-        trainable = [lane for unit in self.units for lane in unit.trainable]
+        trainable = [lane for lane in self.lanes if lane.trainable]
         self.bindings = [self._bind(optimizer, names, first, trainable) for optimizer, names, first in grouped]
         self._in_backward = False
         self._partial: bool | None = (
@@ -137,7 +137,7 @@ class Engine:
         hold = (self.zero.accumulate or self.row.accumulate) == "hold" or self.row.optimizer is Placement.REPLICATE
         lanes = [
             Lane(
-                sorted(infos, key=lambda info: info.group),
+                sorted(run, key=lambda info: info.group),
                 self.row,
                 self.exchange.rank,
                 self.exchange.size,
@@ -146,6 +146,7 @@ class Engine:
                 hold,
             )
             for infos in kinds.values()
+            for run in cut_evenly(infos)
         ]
         return Unit(plan.name, index, plan.module, lanes, plan.outer)
 
@@ -191,10 +192,11 @@ class Engine:
         for unit in self.units:
             if unit is not self.root:
                 self._hook_forward(unit)
-            for lane in unit.trainable:
-                for index, info in enumerate(lane.infos):
-                    hook = self._landing_hook(unit, lane, index)
-                    self._handles.append(info.param.register_post_accumulate_grad_hook(hook))
+            for parcel in unit.parcels:
+                for lane in parcel.lanes:
+                    for index, info in enumerate(lane.infos):
+                        hook = self._landing_hook(parcel, lane, index)
+                        self._handles.append(info.param.register_post_accumulate_grad_hook(hook))
         self._handles.append(self.model.register_forward_pre_hook(self._before_model, prepend=True))
 
     def _before_model(self, *_: Any) -> None:
@@ -226,10 +228,16 @@ class Engine:
         """
         for unit in self.units:
             self._gatherer.need(unit)
-            if unit.sharded:
-                for lane in unit.lanes:
+            for lane in unit.lanes:
+                if lane.lowered:  # what the module holds is a 2-byte copy: give the masters back, not their rounding
+                    full = torch.empty(lane.numel, dtype=lane.master_dtype, device=self.device)
+                    own = lane.master[lane.start - lane.master_start : lane.end - lane.master_start]
+                    self.exchange.all_gather([Gather(full, own)]).wait()
+                    lane.seat(full)
+                elif unit.sharded:
                     for info in lane.infos:
                         info.param.data = info.param.data.clone()
+            if unit.sharded:
                 unit.state = Parameters.STALE
         for handle in self._handles:
             handle.remove()
@@ -342,7 +350,9 @@ class Engine:
         finally:
             self._reducer.deferred = False
 
-    def _landing_hook(self, unit: Unit, lane: Lane, index: int) -> Callable[[torch.Tensor], None]:
+    def _landing_hook(self, parcel: Parcel, lane: Lane, index: int) -> Callable[[torch.Tensor], None]:
+        unit = parcel.unit
+
         def landed(param: torch.Tensor) -> None:
             grad, param.grad = param.grad, None
             assert grad is not None
@@ -362,10 +372,10 @@ class Engine:
                     "containers or dataclasses of "
                     "tensors from it, or keep it out of zero.units."
                 )
-            if self._reducer.land(unit, lane, index, grad):
-                if not unit.has_frozen:
+            if self._reducer.land(parcel, lane, index, grad):
+                if unit.landed >= unit.expected and not unit.has_frozen:
                     self._gatherer.backward_ends(unit)
-                self._reducer.complete(unit)
+                self._reducer.complete(parcel)
 
         return landed
 
@@ -377,7 +387,7 @@ class Engine:
         """
         if self._partial is False and self.exchange.size > 1:
             return set()
-        lanes = [lane for unit in self.units for lane in unit.trainable]
+        lanes = [lane for lane in self.lanes if lane.trainable]
         names = [info.name for lane in lanes for info in lane.infos]
         reached = torch.tensor([flag for lane in lanes for flag in lane.reached], dtype=torch.uint8, device=self.device)
         if self.exchange.size > 1:

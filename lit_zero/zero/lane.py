@@ -226,7 +226,7 @@ class Lane:
             view.copy_(grad)
             if scale != 1.0:
                 view.mul_(scale)
-        self.filled[index] = self.seen[index] = self.reached[index] = 1
+        self.filled[index] = self.reached[index] = 1
 
     def fill_missing(self) -> None:
         """Zero the gradients that have not landed: they count as zero in the sum over ranks."""

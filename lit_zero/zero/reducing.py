@@ -2,12 +2,13 @@
 
 One backward, in phases:
 
-1. A parameter's gradient is complete: autograd's own tensor is copied once into the unit's landing buffer and dropped.
-2. A unit's last gradient has landed: the unit is done.
-3. Units are reduced in a fixed order, equal on every rank, each as soon as it and all before it are done; the exchange
-   runs beside the rest of the backward. With sharded gradients the landing buffer is recycled when its reduction is
-   complete.
-4. At the end, units with parameters that the loss did not reach are reduced with zeros for those, and everything is
+1. A parameter's gradient is complete: autograd's own tensor is copied once into its parcel's landing buffer and
+   dropped.
+2. A parcel's last gradient has landed: the parcel is done.
+3. Parcels are reduced in a fixed order, equal on every rank, each as soon as it and all before it are done; the
+   exchange runs beside the rest of the backward. With sharded gradients the landing buffer is recycled when its
+   reduction is complete.
+4. At the end, parcels with parameters that the loss did not reach are reduced with zeros for those, and everything is
    waited for.
 
 [Note: the order of reductions] It must not follow the arrival on one rank, since ranks may run different branches of a
@@ -26,7 +27,7 @@ from lit_zero.comm.exchange import Exchange, Ticket
 from lit_zero.core.errors import LitZeroError
 from lit_zero.zero.lane import Lane
 from lit_zero.zero.policy import Placement
-from lit_zero.zero.unit import Unit
+from lit_zero.zero.unit import Parcel, Unit
 
 
 class Reducer:
@@ -38,21 +39,21 @@ class Reducer:
         device: where landing buffers lie.
     """
 
-    landing_buffers = 2  # the unit that lands and the one that is being reduced
+    landing_buffers = 2  # one that lands, and one whose reduction is under way
 
     def __init__(self, units: Sequence[Unit], exchange: Exchange, device: torch.device) -> None:
-        self._exchange, self._device = exchange, device
-        self._order = [u for u in reversed(units) if u.expected]
+        self._units, self._exchange, self._device = units, exchange, device
+        self._order = [parcel for unit in reversed(units) for parcel in reversed(unit.parcels)]
         self._order_learned = exchange.size == 1
-        recycled = [u for u in self._order if any(lane.row.gradient is Placement.SHARD for lane in u.trainable)]
-        self._recycles = bool(recycled)
-        self._holds = any(lane.hold for u in self._order for lane in u.trainable)
-        self._size = max((u.landing_bytes() for u in recycled if not u.outer), default=0)
+        lanes = [lane for parcel in self._order for lane in parcel.lanes]
+        self._recycles = any(lane.row.gradient is Placement.SHARD for lane in lanes)
+        self._holds = any(lane.hold for lane in lanes)
+        self._size = max((p.landing_bytes() for p in self._order if not p.unit.outer), default=0)
         self._free: list[torch.Tensor] = []
-        self._lent: dict[Unit, torch.Tensor] = {}
+        self._lent: dict[Parcel, torch.Tensor] = {}
         self.peak_bytes = 0  # most bytes of landing buffers at one time
-        self._flying: deque[tuple[Unit, Ticket]] = deque()
-        self._finished: list[Unit] = []  # order of completion in the first backward
+        self._flying: deque[tuple[Parcel, Ticket]] = deque()
+        self._finished: list[Parcel] = []  # order of completion in the first backward
         self._next = 0
         self.deferred = False  # the coming backward does not reduce: more micro-batches of this step follow
 
@@ -62,33 +63,47 @@ class Reducer:
         Args:
             fresh: earlier gradients have been dropped (``zero_grad``); else the new ones are added to them.
         """
+        while self._flying:  # a backward that failed has left them behind
+            self._land_oldest()
         self._next = 0
-        for unit in self._order:
-            unit.done, unit.landed, unit.recomputed, unit.brought = False, 0, False, False
-            for lane in unit.trainable:
+        self._finished = []
+        for unit in self._units:
+            unit.landed, unit.recomputed, unit.brought = 0, False, False
+        for parcel in self._order:
+            parcel.done, parcel.landed = False, 0
+            parcel.waiting.clear()
+            for lane in parcel.lanes:
                 lane.begin_backward(fresh)
 
-    def land(self, unit: Unit, lane: Lane, index: int, grad: torch.Tensor) -> bool:
-        """Take in one gradient; return whether it was the unit's last."""
-        if unit.done:
+    def land(self, parcel: Parcel, lane: Lane, index: int, grad: torch.Tensor) -> bool:
+        """Take in one gradient; return whether it was the parcel's last."""
+        unit = parcel.unit
+        if parcel.done:
             raise LitZeroError(
-                f"A gradient of {lane.infos[index].name!r} came after {unit.title} had been reduced in this backward. "
+                f"A gradient of {lane.infos[index].name!r} came after it had been reduced in this backward. "
                 "A reentrant checkpoint around a module that runs several times does this; use "
                 "torch.utils.checkpoint(..., use_reentrant=False)."
             )
-        if lane.landing is None:
-            unit.set_landing(self._acquire(unit))
         first = not lane.seen[index]
-        # Scaling in the landing copy is free; 2-byte gradients are scaled after the sum, in fp32.
-        lane.land(index, grad, self._landing_scale(lane))
+        lane.seen[index] = 1
+        parcel.landed += first
         unit.landed += first
-        return unit.landed >= unit.expected and not (unit.recomputed and unit.calls > 1)
+        if self._recycles and unit.outer:
+            # An outer unit's first gradients come when activations take most memory, its last ones at the very end: a
+            # buffer for the whole would stand empty during the backward.
+            parcel.waiting.append((lane, index, grad))
+        else:
+            self._copy(parcel, lane, index, grad)
+        return parcel.landed >= parcel.expected and not (unit.recomputed and unit.calls > 1)
 
-    def complete(self, unit: Unit) -> None:
-        """Note that all gradients of ``unit`` have landed and reduce whatever is due."""
-        unit.done = True
+    def complete(self, parcel: Parcel) -> None:
+        """Note that all gradients of ``parcel`` have landed and reduce whatever is due."""
+        parcel.done = True
+        for lane, index, grad in parcel.waiting:
+            self._copy(parcel, lane, index, grad)
+        parcel.waiting.clear()
         if not self._order_learned:
-            self._finished.append(unit)
+            self._finished.append(parcel)
         if self.deferred and self._holds:
             return
         while self._next < len(self._order) and self._order[self._next].done:
@@ -96,10 +111,10 @@ class Reducer:
             self._next += 1
 
     def end(self) -> None:
-        """Complete the units that the backward did not, and return when every gradient is where it belongs."""
-        for unit in self._order:
-            if not unit.done:
-                self.complete(unit)
+        """Complete what the backward did not, and return when every gradient is where it belongs."""
+        for parcel in self._order:
+            if not parcel.done:
+                self.complete(parcel)
         while self._flying:
             self._land_oldest()
         self._free.clear()
@@ -107,51 +122,53 @@ class Reducer:
             self._learn_order()
 
     def _learn_order(self) -> None:
-        position = {unit: number for number, unit in enumerate(self._order)}
-        order = torch.tensor([position[u] for u in self._finished], dtype=torch.int64, device=self._device)
+        position = {parcel: number for number, parcel in enumerate(self._order)}
+        order = torch.tensor([position[p] for p in self._finished], dtype=torch.int64, device=self._device)
         self._exchange.broadcast(order)
         self._order = [self._order[number] for number in order.tolist()]
         self._order_learned = True
-        self._finished = []
+
+    def _copy(self, parcel: Parcel, lane: Lane, index: int, grad: torch.Tensor) -> None:
+        if lane.landing is None:
+            parcel.set_landing(self._acquire(parcel))
+        # Scaling in the landing copy is free; 2-byte gradients are scaled after the sum, in fp32.
+        lane.land(index, grad, self._landing_scale(lane))
 
     def _landing_scale(self, lane: Lane) -> float:
         return 1.0 / self._exchange.size if lane.landing_dtype.itemsize >= 4 else 1.0
 
-    def _reduce(self, unit: Unit) -> None:
+    def _reduce(self, parcel: Parcel) -> None:
         lanes = []
-        for lane in unit.trainable:
+        for lane in parcel.lanes:
             if lane.landing is None:
-                unit.set_landing(self._acquire(unit))
+                parcel.set_landing(self._acquire(parcel))
             lane.fill_missing()
             lanes.append(lane.reduction(1.0 / self._exchange.size / self._landing_scale(lane)))
-        ticket = self._exchange.reduce_scatter(lanes)
-        self._flying.append((unit, ticket))
+        self._flying.append((parcel, self._exchange.reduce_scatter(lanes)))
 
-    def _acquire(self, unit: Unit) -> torch.Tensor:
-        """Return a landing buffer for ``unit``: a free one, a new one while there are few, else the one whose
-        reduction is the oldest.
-        """
-        if unit.outer:  # it lands during the whole backward, and its size is its own
-            return self._lend(unit, unit.landing_bytes())
-        inner = sum(not u.outer for u in self._lent)
+    def _acquire(self, parcel: Parcel) -> torch.Tensor:
+        """Return a landing buffer: a free one, a new one while there are few, else that of the oldest reduction."""
+        if parcel.unit.outer:  # its size is its own
+            return self._lend(parcel, torch.empty(parcel.landing_bytes(), dtype=torch.uint8, device=self._device))
+        inner = sum(not p.unit.outer for p in self._lent)
         while not self._free and inner >= self.landing_buffers and self._flying:
             self._land_oldest()
-        return self._lend(unit, self._size)
+        if self._free:
+            return self._lend(parcel, self._free.pop())
+        return self._lend(parcel, torch.empty(self._size, dtype=torch.uint8, device=self._device))
 
-    def _lend(self, unit: Unit, size: int) -> torch.Tensor:
-        recycled = self._free and size == self._size and not unit.outer
-        buffer = self._free.pop() if recycled else torch.empty(size, dtype=torch.uint8, device=self._device)
-        self._lent[unit] = buffer
+    def _lend(self, parcel: Parcel, buffer: torch.Tensor) -> torch.Tensor:
+        self._lent[parcel] = buffer
         self.peak_bytes = max(self.peak_bytes, sum(b.numel() for b in (*self._lent.values(), *self._free)))
         return buffer
 
     def _land_oldest(self) -> None:
-        unit, ticket = self._flying.popleft()
+        parcel, ticket = self._flying.popleft()
         ticket.wait()
-        for lane in unit.trainable:
+        for lane in parcel.lanes:
             lane.end_reduction()
         if self._recycles:
-            unit.set_landing(None)
-            buffer = self._lent.pop(unit)
-            if not unit.outer:
+            parcel.set_landing(None)
+            buffer = self._lent.pop(parcel)
+            if not parcel.unit.outer:
                 self._free.append(buffer)

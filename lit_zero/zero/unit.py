@@ -12,6 +12,7 @@ from lit_zero.comm.exchange import Ticket
 from lit_zero.zero.lane import Lane
 from lit_zero.zero.policy import Placement
 
+_SMALL = 1 << 20  # bytes of gradients below which a lane is not worth a message of its own
 _SLOT_ALIGN = 64  # bytes; lanes of a slot start on a cache line
 
 
@@ -41,6 +42,48 @@ class Slot:
 
 
 @dataclass(eq=False)
+class Parcel:
+    """Trainable lanes of a unit whose gradients are reduced together.
+
+    A unit has several, so that reductions start before its backward ends and landing buffers are smaller than units.
+    """
+
+    unit: Unit
+    lanes: list[Lane]
+    landed: int = 0  # parameters whose gradient has come in this backward
+    done: bool = False  # its gradients of this backward are complete
+    waiting: list[tuple[Lane, int, torch.Tensor]] = field(
+        default_factory=list
+    )  # gradients that have not been copied yet
+
+    def __post_init__(self) -> None:
+        self.expected = sum(len(lane.infos) for lane in self.lanes)
+
+    def landing_bytes(self) -> int:
+        """Bytes of the full gradients, as they lie in a landing buffer."""
+        return sum(_padded(lane.numel * lane.landing_dtype.itemsize) for lane in self.lanes)
+
+    def set_landing(self, buffer: torch.Tensor | None) -> None:
+        """Let the gradients of the coming backward land in ``buffer`` (bytes), or nowhere."""
+        if buffer is None:
+            for lane in self.lanes:
+                lane.set_landing(None)
+            return
+        for lane, part in _carve(buffer, [(lane, lane.numel, lane.landing_dtype) for lane in self.lanes]):
+            lane.set_landing(part)
+
+
+def _parcelled(lanes: list[Lane]) -> list[list[Lane]]:
+    """Give every lane a parcel of its own, except small ones: they join the first, which is usually complete last."""
+    large = [lane for lane in lanes if lane.numel * lane.landing_dtype.itemsize >= _SMALL]
+    small = [lane for lane in lanes if lane not in large]
+    parcels = [[lane] for lane in large]
+    if small:
+        parcels[:1] = [[*(parcels[0] if parcels else []), *small]]
+    return parcels
+
+
+@dataclass(eq=False)
 class Unit:
     """The parameters that travel together.
 
@@ -66,17 +109,17 @@ class Unit:
     calls: int = 0  # forwards since the last backward
     recomputed: bool = False  # a checkpointed forward ran again in this backward
     landed: int = 0  # trainable parameters whose gradient has come in this backward
-    done: bool = False  # its gradients of this backward are complete
     ahead: Unit | None = None  # the unit that ran next in the last forward
     behind: Unit | None = None  # the unit that ran before in the last forward
-    trainable: list[Lane] = field(default_factory=list)
+    parcels: list[Parcel] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.trainable = [lane for lane in self.lanes if lane.trainable]
-        self.expected = sum(len(lane.infos) for lane in self.trainable)
+        trainable = [lane for lane in self.lanes if lane.trainable]
+        self.parcels = [Parcel(self, lanes) for lanes in _parcelled(trainable)]
+        self.expected = sum(len(lane.infos) for lane in trainable)
         self.sharded = any(lane.row.parameter is Placement.SHARD for lane in self.lanes)
         # A frozen weight may be read after the last gradient of the unit has landed.
-        self.has_frozen = len(self.trainable) < len(self.lanes)
+        self.has_frozen = len(trainable) < len(self.lanes)
 
     @property
     def title(self) -> str:
@@ -87,10 +130,6 @@ class Unit:
         """Bytes of the full parameters, as they lie in a slot."""
         return sum(_padded(lane.numel * lane.compute_dtype.itemsize) for lane in self.lanes)
 
-    def landing_bytes(self) -> int:
-        """Bytes of the full gradients, as they lie in a landing buffer."""
-        return sum(_padded(lane.numel * lane.landing_dtype.itemsize) for lane in self.trainable)
-
     def seat(self, slot: Slot) -> None:
         """Make the parameters views of ``slot``, for good: tensors that a forward saved as views of a weight find it
         again there.
@@ -98,15 +137,6 @@ class Unit:
         self.slot = slot
         for lane, part in _carve(slot.buffer, [(lane, lane.numel, lane.compute_dtype) for lane in self.lanes]):
             lane.seat(part)
-
-    def set_landing(self, buffer: torch.Tensor | None) -> None:
-        """Let the gradients of the coming backward land in ``buffer`` (bytes), or nowhere."""
-        if buffer is None:
-            for lane in self.trainable:
-                lane.set_landing(None)
-            return
-        for lane, part in _carve(buffer, [(lane, lane.numel, lane.landing_dtype) for lane in self.trainable]):
-            lane.set_landing(part)
 
 
 def _padded(size: int) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -145,6 +146,35 @@ def _repeated_blocks(model: nn.Module) -> set[str]:
             inside.add(name)
     largest = max(sizes.values(), default=0)
     return {entry for name, size in sizes.items() if size >= _LARGE_LIST * largest for entry in entries[name]}
+
+
+def cut_evenly(infos: Sequence[ParamInfo], parts: int = 3, smallest: int = 1 << 18) -> list[list[ParamInfo]]:
+    """Cut the parameters of a unit into at most ``parts`` runs, the largest as small as possible.
+
+    Args:
+        infos: the parameters in order of registration, at least one.
+        parts: most runs.
+        smallest: a unit is cut only where this many elements are left to each run.
+    """
+    sizes = [info.param.numel() for info in infos]
+    parts = max(1, min(parts, len(sizes), sum(sizes) // smallest))
+
+    def runs_below(limit: int) -> list[list[ParamInfo]]:
+        runs: list[list[ParamInfo]] = [[]]
+        filled = 0
+        for info, size in zip(infos, sizes, strict=True):
+            if runs[-1] and filled + size > limit:
+                runs.append([])
+                filled = 0
+            runs[-1].append(info)
+            filled += size
+        return runs
+
+    low, high = max(sizes), sum(sizes)
+    while low < high:  # the smallest limit that needs no more runs than allowed
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(runs_below(middle)) <= parts else (middle + 1, high)
+    return runs_below(low)
 
 
 def _check(name: str, param: nn.Parameter) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -87,6 +89,23 @@ def other_ways(run: Run) -> list[Outcome]:
         with_engine(run, Zero("stage2", units=["Embedding"])),
         with_engine(run, Zero("stage3", units=["Block", "blocks.*.up"])),
     ]
+
+
+def cut_into_parcels(run: Run) -> list[Outcome]:
+    import lit_zero.zero.engine as engine
+    import lit_zero.zero.unit as unit
+
+    uncut = [with_engine(run, Zero(stage)) for stage in STAGES]
+    cut = partial(engine.cut_evenly, smallest=1)
+    with mock.patch.object(engine, "cut_evenly", cut), mock.patch.object(unit, "_SMALL", 1):
+        return [*uncut, *(with_engine(run, Zero(stage)) for stage in STAGES)]
+
+
+def test_units_cut_into_parcels_change_no_bit(ranks):
+    outcomes = ranks(2).run(cut_into_parcels, Run(steps=4))
+    for outcome in itertools.chain(*outcomes):
+        assert torch.equal(outcome.flat(), outcomes[0][0].flat())
+    assert outcomes[0][6].notes["bytes"]["slots"] < outcomes[0][2].notes["bytes"]["slots"], "parcels must be smaller"
 
 
 def test_settings_that_change_memory_or_time_change_no_bit(ranks):
