@@ -8,17 +8,18 @@ translated to and from single parameters where a checkpoint asks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from lit_zero.core.errors import CheckpointError, UnsupportedError
+from lit_zero.core.errors import CheckpointError, LitZeroError
 from lit_zero.core.piece import ParamState, Piece
 from lit_zero.zero.lane import Lane
 from lit_zero.zero.policy import Placement
+from lit_zero.zero.probe import require_elementwise as require_elementwise
 
 
 @dataclass(eq=False)
@@ -30,12 +31,15 @@ class Segment:
         first: first element, counted from the start of the lane's master.
         last: one past the last.
         param: what the optimizer holds, a view of the master of shape ``[last - first]``.
+        copied: version of the gradient that was handed over, if it is a copy: what is done to it does not reach the
+            gradient that the next backward adds to.
     """
 
     lane: Lane
     first: int
     last: int
     param: nn.Parameter
+    copied: int | None = None
 
 
 class Binding:
@@ -89,9 +93,14 @@ class Binding:
                 view = lane.master[first:last]
                 if self._shaped:
                     view = view.view(next(e.shape for e in lane.layout.entries if e.offset == first))
-                segment = Segment(lane, first, last, nn.Parameter(view))
-                self.segments.append(segment)
-                self.optimizer.param_groups[number]["params"].append(segment.param)
+                self._hold(Segment(lane, first, last, nn.Parameter(view)), number)
+        if not self.segments and self._lanes and self.group_names:
+            # This rank's shards hold nothing of the optimizer's. An empty segment tells it when gradients are dropped.
+            self._hold(Segment(self._lanes[0], 0, 0, nn.Parameter(self._lanes[0].master[:0])), 0)
+
+    def _hold(self, segment: Segment, number: int) -> None:
+        self.segments.append(segment)
+        self.optimizer.param_groups[number]["params"].append(segment.param)
 
     def split(self) -> None:
         """Give every parameter a segment of its own, so that single parameters can be left out of a step; state
@@ -122,15 +131,32 @@ class Binding:
 
     @property
     def cleared(self) -> bool:
-        """Whether the optimizer holds no gradients (``zero_grad`` has been called, or nothing has been reduced yet)."""
-        return all(segment.param.grad is None for segment in self.segments)
+        """Whether the optimizer holds no gradients (``zero_grad`` has been called, or nothing has been reduced yet).
+
+        Raises:
+            LitZeroError: if a gradient that is a copy has been changed: the next backward would add to what it was.
+        """
+        kept = [segment for segment in self.segments if segment.param.grad is not None]
+        for segment in kept:
+            assert segment.param.grad is not None
+            if segment.copied is not None and segment.param.grad._version != segment.copied:
+                raise LitZeroError(
+                    "Gradients were changed in place (by zero_grad(set_to_none=False), or by clipping) and then "
+                    "another backward followed without a step. In this mode the optimizer sees a copy of them, so the "
+                    "change would be lost. Use zero_grad(set_to_none=True), and clip right before the step."
+                )
+        return not kept
 
     def attach(self, unreached: set[str]) -> None:
         """Hand the reduced gradients to the optimizer.
 
         Args:
             unreached: parameters that no rank's loss has reached; they get no gradient, as in one process.
+
+        Raises:
+            LitZeroError: if the optimizer's groups hold something else than the segments.
         """
+        self._check_groups()
         grads: dict[Lane, torch.Tensor] = {}
         for segment in self.segments:
             if unreached and self._name(segment) in unreached:
@@ -138,7 +164,20 @@ class Binding:
                 continue
             if segment.lane not in grads:
                 grads[segment.lane] = segment.lane.master_grad()
-            segment.param.grad = grads[segment.lane][segment.first : segment.last].view_as(segment.param)
+            grad = grads[segment.lane]
+            segment.param.grad = grad[segment.first : segment.last].view_as(segment.param)
+            stored = (segment.lane.grad_full, segment.lane.grad_own)
+            live = any(one is not None and _same_memory(one, grad) for one in stored)
+            segment.copied = None if live else segment.param.grad._version
+
+    def _check_groups(self) -> None:
+        held = [param for group in self.optimizer.param_groups for param in group["params"]]
+        if len(held) != len(self.segments) or {id(p) for p in held} != {id(s.param) for s in self.segments}:
+            raise LitZeroError(
+                f"The parameter groups of {type(self.optimizer).__name__} were changed after setup (by "
+                "add_param_group, or a finetuning callback that calls it). Ranks would train copies of their own. Give "
+                "configure_optimizers all parameters that will ever be trained."
+            )
 
     def drop_gradients(self) -> None:
         """Let go of the gradients that a step has used."""
@@ -151,6 +190,20 @@ class Binding:
         """Return the parameter that a granular segment is part of."""
         position = segment.lane.master_start + segment.first
         return next((e.name for e in segment.lane.layout.entries if e.offset <= position < e.end), None)
+
+    @property
+    def has_fp64(self) -> bool:
+        """Whether any of its masters is fp64."""
+        return any(lane.master_dtype == torch.float64 for lane in self._lanes)
+
+    def grads(self) -> list[torch.Tensor]:
+        """Return the gradients of all segments."""
+        return [segment.param.grad for segment in self.segments if segment.param.grad is not None]
+
+    def state_tensors(self) -> list[torch.Tensor]:
+        """Return the tensors of the optimizer's state that are not single numbers."""
+        values = [value for state in self.optimizer.state.values() for value in state.values()]
+        return [value for value in values if isinstance(value, torch.Tensor) and value.dim()]
 
     def own_grads(self) -> list[torch.Tensor]:
         """Return the gradients of the elements that this rank owns; over all ranks every element comes once."""
@@ -280,6 +333,10 @@ class Binding:
             mine.update({key: value for key, value in theirs.items() if key != "params"})
 
 
+def _same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+
+
 def _is_elementwise(value: Any, param: torch.Tensor) -> bool:
     return isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape == param.shape
 
@@ -294,69 +351,3 @@ def _same(one: Any, other: Any) -> bool:
     return (
         one[0] == other[0] and one[1].keys() == other[1].keys() and all(bool(one[1][k] == other[1][k]) for k in one[1])
     )
-
-
-def require_elementwise(optimizer: torch.optim.Optimizer) -> None:
-    """Check that the optimizer does to a flat run what it does to the parameters in it.
-
-    A probe takes two steps on a small matrix and on the two halves of its flattened elements; the results must agree
-    bit for bit.
-
-    Raises:
-        UnsupportedError: if they do not, or if the optimizer cannot be probed.
-    """
-    name = type(optimizer).__name__
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise UnsupportedError(
-            f"{name} evaluates the loss several times per step and works on all parameters at once; lit_zero cannot "
-            "shard it. Use zero.stage='none', or another optimizer."
-        )
-    generator = torch.Generator().manual_seed(0)
-    start, grads = torch.randn(4, 6, generator=generator), torch.randn(2, 4, 6, generator=generator)
-    cut = 10
-    try:
-        matrix = _probe(optimizer, [start.clone()], [[g] for g in grads])[0].flatten()
-        pieces = _probe(
-            optimizer,
-            [start.flatten()[:cut].clone(), start.flatten()[cut:].clone()],
-            [[g.flatten()[:cut], g.flatten()[cut:]] for g in grads],
-        )
-    except Exception as error:
-        raise UnsupportedError(
-            f"lit_zero could not find out whether {name} is element-wise: a copy of it could not step on a 4x6 matrix "
-            f"({type(error).__name__}: {error}). "
-            "Sharded stages need an element-wise optimizer (AdamW, SGD, Lion, ...); zero.stage='none' takes any."
-        ) from error
-    if not torch.equal(matrix, torch.cat(pieces)):
-        raise UnsupportedError(
-            f"{name} is not element-wise: a step on a matrix differs from the same step on its flattened parts, so "
-            "sharding would change the result. "
-            "Use an element-wise optimizer (AdamW, SGD, Lion, ...), or zero.stage='none'."
-        )
-
-
-def _probe(
-    optimizer: torch.optim.Optimizer, values: list[torch.Tensor], grads: list[list[torch.Tensor]]
-) -> list[torch.Tensor]:
-    """Step a copy of ``optimizer`` on ``values`` and return what they become."""
-    params = [nn.Parameter(value) for value in values]
-    group = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
-    for key, value in group.items():
-        if isinstance(value, torch.Tensor):
-            group[key] = value.detach().cpu().clone()
-    copy = object.__new__(type(optimizer))
-    copy.__dict__.update({k: v for k, v in vars(optimizer).items() if not isinstance(v, torch.Tensor)})
-    fresh: dict[str, Any] = {
-        "state": type(optimizer.state)(dict) if optimizer.state is not None else {},
-        "param_groups": [{**group, "params": params}],
-    }
-    copy.__setstate__({**vars(copy), **fresh})
-    for name in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
-        if name in vars(copy):
-            vars(copy)[name] = type(vars(copy)[name])()
-    step: Callable[..., Any] = type(copy).step
-    for row in grads:
-        for param, grad in zip(params, row, strict=True):
-            param.grad = grad.clone()
-        step(copy)
-    return [param.detach() for param in params]

@@ -28,16 +28,17 @@ from lit_zero.comm.exchange import Exchange, Gather
 from lit_zero.core.errors import LitZeroError
 from lit_zero.core.nested import tensors_in
 from lit_zero.core.piece import ParamState, Piece
-from lit_zero.kernels import sum_of_powers
 from lit_zero.precision.policy import Lowering
+from lit_zero.zero.between import when_all_known, when_reached
 from lit_zero.zero.binding import Binding, require_elementwise
+from lit_zero.zero.build import build_unit, fill_lanes, number_groups
 from lit_zero.zero.gathering import Gatherer
-from lit_zero.zero.lane import Lane, ParamInfo
-from lit_zero.zero.materialize import materialize, on_meta
+from lit_zero.zero.lane import Lane, storage_bytes
+from lit_zero.zero.norms import grad_norm, scale_to_norm
 from lit_zero.zero.policy import Placement, Zero
 from lit_zero.zero.reducing import Reducer
 from lit_zero.zero.unit import Parameters, Parcel, Unit
-from lit_zero.zero.units import UnitPlan, cut_evenly, plan_units
+from lit_zero.zero.units import plan_units
 
 
 class Engine:
@@ -82,99 +83,27 @@ class Engine:
         self.training = training
         self.aliases = {alias: info.name for info in infos.values() for alias in info.aliases}
         self.parameter_count = sum(info.param.numel() for info in infos.values())
-        grouped = self._number_groups(optimizers, infos)
-        self.units = [self._build(plan, number) for number, plan in enumerate(plans)]
+        grouped = number_groups(model, optimizers, infos)
+        hold = (zero.accumulate or self.row.accumulate) == "hold" or self.row.optimizer is Placement.REPLICATE
+        self.units = [
+            build_unit(plan, number, self.row, hold, exchange, self.device, self._lowering)
+            for number, plan in enumerate(plans)
+        ]
         self.root = self.units[0]
-        self._fill(infos)
+        fill_lanes(model, self.lanes, exchange, self.device)
         slots = zero.slots or 2
         self._gatherer = Gatherer(self.units, exchange, slots, self.device, zero.poison)
         self._reducer = Reducer(self.units, exchange, self.device)
         trainable = [lane for lane in self.lanes if lane.trainable]
         self.bindings = [self._bind(optimizer, names, first, trainable) for optimizer, names, first in grouped]
         self._in_backward = False
-        self._partial: bool | None = (
-            None  # some parameters are not reached by the loss; unknown before the first backward
-        )
+        # Whether some parameters are not reached by the loss; unknown before the first backward.
+        self._partial: bool | None = None
         self._buffer_versions: list[int] = []
         self._gradient_bytes = 0
         self._install_hooks()
 
     # ---- construction
-
-    def _number_groups(
-        self, optimizers: Sequence[torch.optim.Optimizer], infos: dict[str, ParamInfo]
-    ) -> list[tuple[torch.optim.Optimizer, list[list[str]], int]]:
-        """Give every parameter the number of its group; return each optimizer with its groups' names and first
-        number.
-        """
-        by_param = {info.param: info for info in infos.values()}
-        names_of = {param: name for name, param in self.model.named_parameters()}
-        grouped, first = [], 0
-        for optimizer in optimizers:
-            names = []
-            for number, group in enumerate(optimizer.param_groups):
-                foreign = [tuple(p.shape) for p in group["params"] if p not in names_of]
-                if foreign:
-                    raise LitZeroError(
-                        f"{type(optimizer).__name__} holds a parameter of shape {foreign[0]} that is not a parameter "
-                        "of the module. "
-                        "Build optimizers from self.parameters() or self.named_parameters()."
-                    )
-                names.append([names_of[p] for p in group["params"]])
-                for param in group["params"]:
-                    if param in by_param:  # zero-sized parameters have no memory to manage
-                        by_param[param].group = first + number
-            grouped.append((optimizer, names, first))
-            first += len(names)
-        return grouped
-
-    def _build(self, plan: UnitPlan, index: int) -> Unit:
-        kinds: dict[tuple[Any, ...], list[ParamInfo]] = {}
-        for info in plan.infos:
-            if not info.trainable and self.row.optimizer is Placement.REPLICATE:
-                info.compute_dtype = info.master_dtype  # a second copy would save nothing
-            kinds.setdefault((info.trainable, info.compute_dtype, info.master_dtype), []).append(info)
-        hold = (self.zero.accumulate or self.row.accumulate) == "hold" or self.row.optimizer is Placement.REPLICATE
-        lanes = [
-            Lane(
-                sorted(run, key=lambda info: info.group),
-                self.row,
-                self.exchange.rank,
-                self.exchange.size,
-                self.device,
-                self._lowering.gradient_dtype(infos[0].compute_dtype, infos[0].master_dtype),
-                hold,
-            )
-            for infos in kinds.values()
-            for run in cut_evenly(infos)
-        ]
-        return Unit(plan.name, index, plan.module, lanes, plan.outer)
-
-    def _fill(self, infos: dict[str, ParamInfo]) -> None:
-        """Move every parameter's value into its lane and the parameter onto the lane's memory."""
-        places = {info.name: (lane, index) for lane in self.lanes for index, info in enumerate(lane.infos)}
-        meta = on_meta(self.model)
-        for name, (lane, index) in places.items():
-            if name not in meta:
-                value = lane.infos[index].param.data.to(self.device)
-                self.exchange.broadcast(value)
-                lane.store(index, value)
-
-        def sink(name: str, value: torch.Tensor) -> None:
-            name = self.aliases.get(name, name)
-            if name in places:
-                lane, index = places[name]
-                lane.store(index, value)
-
-        materialize(self.model, self.device, self.exchange, sink)
-        for buffer in self.model.buffers():
-            buffer.data = buffer.data.to(self.device)
-            self.exchange.broadcast(buffer.data)
-        for lane in self.lanes:
-            if lane.full is not None:
-                lane.seat(lane.full)
-            for info in lane.infos:
-                info.param.grad = None
 
     def _bind(self, optimizer: torch.optim.Optimizer, names: list[list[str]], first: int, lanes: list[Lane]) -> Binding:
         shaped = False
@@ -285,28 +214,14 @@ class Engine:
                 return
             self._gatherer.forward_begins(unit)
         if unit.sharded and torch.is_grad_enabled():
-            self._watch_inputs(unit, [t for t in chain(tensors_in(args), tensors_in(kwargs)) if t.requires_grad])
-
-    def _watch_inputs(self, unit: Unit, inputs: list[torch.Tensor]) -> None:
-        """Let the unit go when the gradients of all its inputs are known: nothing can read its parameters in this
-        backward any more.
-        """
-        left = len(inputs)
-
-        def known() -> None:
-            nonlocal left
-            left -= 1
-            if left == 0:
-                self._gatherer.backward_ends(unit)
-
-        for tensor in inputs:
-            _gradient_hook(tensor).first.append(known)
+            inputs = [t for t in chain(tensors_in(args), tensors_in(kwargs)) if t.requires_grad]
+            when_all_known(inputs, partial(self._gatherer.backward_ends, unit))
 
     def _after_forward(self, unit: Unit, output: Any) -> None:
         if torch.is_grad_enabled():
             for tensor in tensors_in(output):
                 if tensor.requires_grad:
-                    _gradient_hook(tensor).then.append(partial(self._gatherer.backward_begins, unit))
+                    when_reached(tensor, partial(self._gatherer.backward_begins, unit))
         if _graph_is_running():
             self._gatherer.release(unit)
         else:
@@ -337,9 +252,7 @@ class Engine:
             if unreached:
                 binding.split()
             binding.attach(unreached)
-        self._gradient_bytes = _storage_bytes(
-            [t for lane in self.lanes for t in lane.state_tensors()["gradient"]], set()
-        )
+        self._gradient_bytes = storage_bytes(chain(*(lane.state_tensors()["gradient"] for lane in self.lanes)), set())
 
     @contextlib.contextmanager
     def no_reduce(self) -> Iterator[None]:
@@ -432,35 +345,20 @@ class Engine:
                 )
 
     def grad_norm(self, norm_type: float = 2.0) -> torch.Tensor:
-        """Return the norm of all reduced gradients, over all parameters and ranks; 0-d, fp32 (fp64 for fp64 gradients),
-        equal on every rank.
-
-        Every gradient element counts once, and partial sums are added in rank order, so that all stages get the same
-        bits.
-        """
-        grads = [grad for binding in self.bindings for grad in binding.own_grads()]
-        dtype = torch.float64 if any(lane.master_dtype == torch.float64 for lane in self.lanes) else torch.float32
-        if norm_type == float("inf"):
-            peaks = [grad.abs().amax() for grad in grads if grad.numel()]
-            peak = torch.stack(peaks).amax() if peaks else torch.zeros((), device=self.device)
-            return self.exchange.maximum(peak.to(dtype))
-        total = sum_of_powers(grads, norm_type, self.device)
-        return (self.exchange.sum_in_rank_order(total) ** (1.0 / norm_type)).to(dtype)
+        """Return the norm of all reduced gradients, over all parameters and ranks, see ``norms.grad_norm``."""
+        return grad_norm(self.bindings, self.exchange, self.device, norm_type)
 
     def clip_grad_norm(self, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
         """Scale the gradients so that their norm is at most ``max_norm``; return the norm before."""
         norm = self.grad_norm(norm_type)
-        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
-        torch._foreach_mul_(self._grads(), factor)
+        scale_to_norm(self.bindings, norm, max_norm)
         return norm
 
     def clip_grad_value(self, max_value: float) -> None:
         """Clamp every gradient element to ``[-max_value, max_value]``."""
-        for grad in self._grads():
-            grad.clamp_(-max_value, max_value)
-
-    def _grads(self) -> list[torch.Tensor]:
-        return [s.param.grad for binding in self.bindings for s in binding.segments if s.param.grad is not None]
+        for binding in self.bindings:
+            for grad in binding.grads():
+                grad.clamp_(-max_value, max_value)
 
     # ---- what others may ask
 
@@ -527,59 +425,12 @@ class Engine:
             landing gradients take turns, at their most.
         """
         seen: set[int] = set()
-        found = {"parameter": 0, "master": 0}
-        for lane in self.lanes:
-            for kind, tensors in lane.state_tensors().items():
-                if kind in found:
-                    found[kind] += _storage_bytes(tensors, seen)
+        tensors = [lane.state_tensors() for lane in self.lanes]
+        found = {kind: storage_bytes(chain(*(t[kind] for t in tensors)), seen) for kind in ("parameter", "master")}
         found["gradient"] = self._gradient_bytes
-        states = [
-            v
-            for b in self.bindings
-            for s in b.optimizer.state.values()
-            for v in s.values()
-            if isinstance(v, torch.Tensor)
-        ]
-        found["optimizer"] = _storage_bytes([state for state in states if state.dim()], seen)
-        found["slots"] = _storage_bytes([slot.buffer for slot in self._gatherer.slots], seen) + self._reducer.peak_bytes
+        found["optimizer"] = storage_bytes(chain(*(binding.state_tensors() for binding in self.bindings)), seen)
+        found["slots"] = storage_bytes([s.buffer for s in self._gatherer.slots], seen) + self._reducer.peak_bytes
         return found
-
-
-def _storage_bytes(tensors: Sequence[torch.Tensor], seen: set[int]) -> int:
-    """Return the bytes of the tensors' storages, each counted once; ``seen`` takes their addresses."""
-    total = 0
-    for tensor in tensors:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in seen and storage.nbytes():
-            seen.add(storage.data_ptr())
-            total += storage.nbytes()
-    return total
-
-
-class _GradientHook:
-    """What happens when the gradient of a tensor between two units is known: the later unit lets go before the
-    earlier one asks.
-    """
-
-    def __init__(self, made_by: Any) -> None:
-        self.made_by = (
-            made_by  # the tensor's grad_fn: an in-place operation gives it another, which wants a hook of its own
-        )
-        self.first: list[Callable[[], None]] = []
-        self.then: list[Callable[[], None]] = []
-
-    def __call__(self, grad: torch.Tensor) -> None:
-        for action in (*self.first, *self.then):
-            action()
-
-
-def _gradient_hook(tensor: torch.Tensor) -> _GradientHook:
-    for hook in (tensor._backward_hooks or {}).values():
-        if isinstance(hook, _GradientHook) and hook.made_by is tensor.grad_fn:
-            return hook
-    made = _GradientHook(tensor.grad_fn)
-    tensor.register_hook(made)
-    return made
 
 
 def _graph_is_running() -> bool:

@@ -18,7 +18,7 @@ rank's slice of the slot.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -261,6 +261,11 @@ class Lane:
         grad = self._stored_grad()
         return grad if grad.dtype == self.master_dtype else grad.to(self.master_dtype)
 
+    def holds(self, grad: torch.Tensor) -> bool:
+        """Return whether ``grad`` is the stored gradient's own memory, and not a copy in another dtype."""
+        stored = self.grad_full if self.row.optimizer is Placement.REPLICATE else self.grad_own
+        return stored is not None and stored.untyped_storage().data_ptr() == grad.untyped_storage().data_ptr()
+
     def _stored_grad(self) -> torch.Tensor:
         grad = self.grad_full if self.row.optimizer is Placement.REPLICATE else self.grad_own
         assert grad is not None
@@ -285,3 +290,14 @@ def _gaps(layout: FlatLayout) -> list[tuple[int, int]]:
     if layout.numel > end:
         gaps.append((end, layout.numel))
     return gaps
+
+
+def storage_bytes(tensors: Iterable[torch.Tensor], seen: set[int]) -> int:
+    """Return the bytes of the tensors' storages, each counted once; ``seen`` takes their addresses."""
+    total = 0
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in seen and storage.nbytes():
+            seen.add(storage.data_ptr())
+            total += storage.nbytes()
+    return total

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -23,7 +24,12 @@ def materialize(
 
     Modules are initialised in order of registration by their own ``reset_parameters``, from rank 0's random state on
     every rank. That order is the order of construction in the usual module, so the values equal those of an eager build
-    with the same seed, as far as a module's constructor draws what its ``reset_parameters`` draws.
+    with the same seed, as far as a module's constructor draws what its ``reset_parameters`` draws. A tied parameter
+    gets the value that the first module with it draws.
+
+    What was on a real device keeps its value. What was initialised again after its constructor is refused, as far as
+    that leaves a trace: in-place functions such as ``nn.init`` do; ``param.data.normal_()`` and a parameter that was
+    replaced do not.
 
     Args:
         model: the whole module. Its meta parameters become empty real ones; their values go to ``sink``.
@@ -38,17 +44,46 @@ def materialize(
     if not any(t.is_meta for t in (*model.parameters(), *model.buffers())):
         return
     _share_random_state(device, exchange)
+    made: dict[nn.Parameter, torch.Size] = {}  # full shapes of what has gone to the sink
     for name, module in model.named_modules():
-        own = {key: p for key, p in module._parameters.items() if p is not None and p.is_meta}
+        parameters = {key: p for key, p in module._parameters.items() if p is not None}
+        own = {key: p for key, p in parameters.items() if p.is_meta}
         buffers = {key: b for key, b in module._buffers.items() if b is not None and b.is_meta}
-        if not own and not buffers:
-            continue
-        _materialize_module(name, module, own, buffers, device)
-        for key in own:
-            made = module._parameters[key]
-            assert made is not None
-            sink(f"{name}.{key}" if name else key, made.data)
-            made.data = torch.empty(0, dtype=made.dtype, device=device)  # its place in a flat buffer comes later
+        with _set_aside(module, [p for p in parameters.values() if not p.is_meta], made, device):
+            if own or buffers:
+                _materialize_module(name, module, own, buffers, device)
+            elif any(p in made for p in parameters.values()):
+                _draw_again(module)
+        for key, param in own.items():
+            sink(f"{name}.{key}" if name else key, param.data)
+            made[param] = param.shape
+            param.data = torch.empty(0, dtype=param.dtype, device=device)  # its place in a flat buffer comes later
+
+
+def _draw_again(module: nn.Module) -> None:
+    """Advance the random state past what the constructor drew before the module's parameters were tied to another's."""
+    reset = getattr(module, "reset_parameters", None)
+    if callable(reset):
+        with torch.no_grad():
+            reset()
+
+
+@contextlib.contextmanager
+def _set_aside(
+    module: nn.Module, real: Sequence[nn.Parameter], made: dict[nn.Parameter, torch.Size], device: torch.device
+) -> Iterator[None]:
+    """Inside, the module's real parameters and buffers may be overwritten: ``reset_parameters`` knows no exceptions."""
+    parameters = [(param, param.data) for param in real]
+    buffers = [(key, b, b.clone()) for key, b in module._buffers.items() if b is not None and not b.is_meta]
+    for param, data in parameters:
+        shape = made.get(param, data.shape)
+        param.data = torch.empty(shape, dtype=data.dtype, device=device if param in made else data.device)
+    yield
+    for param, data in parameters:
+        param.data = data
+    for key, buffer, value in buffers:
+        buffer.copy_(value)
+        module._buffers[key] = buffer
 
 
 def _materialize_module(
@@ -71,10 +106,15 @@ def _materialize_module(
         module._buffers[key] = unset[key] = _unset_like(buffer, device)
     with torch.no_grad():
         reset()
-    for key in unset:
-        value: torch.Tensor | None = module._parameters.get(key)
-        value = module._buffers.get(key) if value is None else value
-        if value is not None and value.is_floating_point() and bool(value.isnan().any()):
+    for key, before in unset.items():
+        value = module._parameters.get(key) if key in own else module._buffers.get(key)
+        if key in own and value is not before:
+            raise UnsupportedError(
+                f"{title} is on the meta device and its reset_parameters() puts a new parameter in the place of "
+                f"{key!r}, which optimizers do not know. Write to the one that is there (with nn.init), or build the "
+                "module on a real device."
+            )
+        if value is not None and (value.is_floating_point() or value.is_complex()) and bool(value.isnan().any()):
             raise UnsupportedError(
                 f"{title} is on the meta device and its reset_parameters() does not set {key!r}. Set it there, or "
                 "build the module on a real device."
@@ -84,8 +124,9 @@ def _materialize_module(
 def _refuse_lost_values(title: str, own: dict[str, nn.Parameter], reset: Callable[[], None]) -> None:
     """Refuse parameters that something else than the constructor has initialised: there is no memory to remember it."""
     written = {key: param._version for key, param in own.items()}
-    with torch.no_grad():
-        reset()  # on meta tensors this costs nothing and only counts how often each is written
+    # On meta tensors this costs nothing, and tells how often each is written.
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        reset()
     for key, param in own.items():
         if written[key] > param._version - written[key]:
             raise UnsupportedError(
@@ -97,7 +138,7 @@ def _refuse_lost_values(title: str, own: dict[str, nn.Parameter], reset: Callabl
 
 def _unset_like(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Return memory like ``tensor`` that shows whether it has been set: NaN, or zero where there is no NaN."""
-    fill = float("nan") if tensor.is_floating_point() else 0
+    fill = float("nan") if tensor.is_floating_point() or tensor.is_complex() else 0
     return torch.full(tensor.shape, fill, dtype=tensor.dtype, device=device)
 
 

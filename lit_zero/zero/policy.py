@@ -93,6 +93,12 @@ class Zero:
             isinstance(self.slots, bool) or not isinstance(self.slots, int) or self.slots < 2
         ):
             raise ConfigError(f"zero.slots={self.slots!r} is not valid: expected an integer of at least 2.")
+        listed = isinstance(self.units, Sequence) and all(isinstance(entry, str) for entry in self.units)
+        if not listed and not callable(self.units):
+            raise ConfigError(
+                f"zero.units={self.units!r} is not valid: expected 'auto', a list of class names and module-name "
+                "patterns, or a callable (name, module) -> bool."
+            )
         if isinstance(self.units, str) and self.units != "auto":
             raise ConfigError(
                 f"zero.units={self.units!r} is not valid: expected 'auto', a list such as [{self.units!r}], or a "

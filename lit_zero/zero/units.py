@@ -189,3 +189,8 @@ def _check(name: str, param: nn.Parameter) -> None:
             "dense tensors. "
             "Convert it before the strategy's setup."
         )
+    if param.is_complex() and param.requires_grad:
+        raise UnsupportedError(
+            f"Parameter {name!r} is complex; lit_zero trains real parameters. Keep its real and imaginary parts in one "
+            "real parameter (torch.view_as_real) and view it as complex in the forward."
+        )

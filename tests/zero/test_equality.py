@@ -92,12 +92,12 @@ def other_ways(run: Run) -> list[Outcome]:
 
 
 def cut_into_parcels(run: Run) -> list[Outcome]:
-    import lit_zero.zero.engine as engine
+    import lit_zero.zero.build as build
     import lit_zero.zero.unit as unit
 
     uncut = [with_engine(run, Zero(stage)) for stage in STAGES]
-    cut = partial(engine.cut_evenly, smallest=1)
-    with mock.patch.object(engine, "cut_evenly", cut), mock.patch.object(unit, "_SMALL", 1):
+    cut = partial(build.cut_evenly, smallest=1)
+    with mock.patch.object(build, "cut_evenly", cut), mock.patch.object(unit, "_SMALL", 1):
         return [*uncut, *(with_engine(run, Zero(stage)) for stage in STAGES)]
 
 
