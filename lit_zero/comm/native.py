@@ -106,7 +106,10 @@ class NativeExchange(Exchange):
         return self._everyones(value).amax(0)
 
     def broadcast(self, value: torch.Tensor) -> None:
-        dist.broadcast(value, group=self._gathers.group, group_src=0)
+        wire = value.contiguous()
+        dist.broadcast(wire, group=self._gathers.group, group_src=0)
+        if wire is not value:
+            value.copy_(wire)
 
     def _everyones(self, value: torch.Tensor) -> torch.Tensor:
         """Return every rank's ``value``, shape ``[world, *value.shape]``."""

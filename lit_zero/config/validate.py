@@ -147,12 +147,25 @@ def _check_devices(cfg: DictConfig) -> None:
                 f"trainer.devices={devices} is more than this machine has: expected at most {present} GPUs."
             )
     elif kind == "cpu" and devices is not None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        if devices > PROCESSES_PER_CORE * cores:
-            raise ConfigError(
-                f"trainer.devices={devices} is more than this machine can run: expected at most "
-                f"{PROCESSES_PER_CORE * cores} processes on its {cores} CPU cores."
-            )
+        check_cpu_processes("trainer.devices", devices)
+
+
+def check_cpu_processes(key: str, devices: int) -> None:
+    """Check that this machine's CPU cores can run so many processes.
+
+    Args:
+        key: what the user has set, for the message.
+        devices: processes.
+
+    Raises:
+        ConfigError: if they are too many.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if devices > PROCESSES_PER_CORE * cores:
+        raise ConfigError(
+            f"{key}={devices} is more than this machine can run: expected at most {PROCESSES_PER_CORE * cores} "
+            f"processes on its {cores} CPU cores."
+        )
 
 
 def _count(devices: Any) -> int | None:

@@ -118,13 +118,16 @@ class FlatLayout:
         out.
         """
         runs: list[tuple[int, int, int]] = []
+        before = -1  # group of the parameter before this one
         for part in self.overlaps(start, end):
-            if part.length == 0 or part.entry.group < 0:
+            if part.length == 0:
                 continue
-            first, last = part.local, part.local + part.length
-            if runs and runs[-1][0] == part.entry.group:
-                first = runs.pop()[1]
-            runs.append((part.entry.group, first, last))
+            group, first, last = part.entry.group, part.local, part.local + part.length
+            if group >= 0:
+                if group == before:
+                    first = runs.pop()[1]
+                runs.append((group, first, last))
+            before = group
         return runs
 
 

@@ -47,9 +47,9 @@ class Checkpoints:
 
     def attach(self, engine: Engine) -> None:
         """Work on ``engine`` from now on, and give it the weights that have been waiting for it."""
-        if self._engine is not engine:
-            self._engine = engine
+        if self._engine is None:
             self._guard()
+        self._engine = engine
         if self._waiting is not None:
             (checkpoint, strict), self._waiting = self._waiting, None
             self.load_weights(checkpoint, strict)
@@ -157,6 +157,7 @@ class Checkpoints:
             )
         for number in range(mine):
             binding = self.engine.bindings[number]
+            self._refuse_another_optimizer(number, checkpoint[_OPTIMIZERS][number])
             described = self._described(number, checkpoint[_OPTIMIZERS][number])
             binding.prepare_states(described)
             parts = OptimizerParts(
@@ -169,6 +170,20 @@ class Checkpoints:
                     parts, checkpoint[_OPTIMIZERS][number], where=self._path or _OPTIMIZERS
                 )
             binding.load_groups(groups)
+
+    def _refuse_another_optimizer(self, number: int, saved: Mapping[str, Any]) -> None:
+        """Check that the checkpoint has every number that the optimizer is steered by. Flags may be missing: torch has
+        added some over time.
+        """
+        groups = saved.get("param_groups", []) if self._opened is None else self._opened.param_groups(number)
+        optimizer = self.engine.bindings[number].optimizer
+        wanted = {key for key, value in optimizer.defaults.items() if value is not None and not isinstance(value, bool)}
+        missing = sorted(wanted.difference(*groups)) if groups else []
+        if missing:
+            raise CheckpointError(
+                f"The checkpoint '{self._path}' is of another optimizer than {type(optimizer).__name__}: it lacks "
+                f"{', '.join(missing)}. Use the optimizer that wrote the checkpoint, or load only its weights."
+            )
 
     def _described(self, number: int, saved: Mapping[str, Any]) -> dict[str, Any]:
         """Return ``{parameter: ({tensor key: dtype}, {scalar key: value})}`` of what a checkpoint holds."""
@@ -216,12 +231,11 @@ class Checkpoints:
             if engine.row.parameter is Placement.SHARD or any(lane.lowered for lane in engine.lanes):
                 raise LitZeroError(
                     f"{type(module).__name__}.state_dict() and load_state_dict() would see released or 2-byte "
-                    "parameters under this strategy. "
-                    "Save with trainer.save_checkpoint(path), get the weights with "
-                    "trainer.strategy.lightning_module_state_dict() on all ranks, "
-                    "and load weights before setup (in __init__ or configure_model) or through ckpt_path."
+                    "parameters under this strategy. Save with trainer.save_checkpoint(path), get the weights with "
+                    "trainer.strategy.lightning_module_state_dict() on all ranks, and load weights before setup (in "
+                    "__init__ or configure_model) or through ckpt_path."
                 )
-            engine.wait_for_parameters()
+            engine.wait_for_parameters()  # on their way since the last step: the other ranks need not be here
 
         for module in self._module.modules():
             if any(True for _ in module.parameters()):

@@ -14,6 +14,7 @@ from lit_zero.checkpoint.policy import Checkpoint
 from lit_zero.comm import process_group
 from lit_zero.comm.open import open_exchange
 from lit_zero.comm.policy import Comm
+from lit_zero.config.validate import check_cpu_processes
 from lit_zero.core.errors import ConfigError, LitZeroError, check_choice
 from lit_zero.precision.policy import Lowering, Precision
 from lit_zero.strategy.checkpoints import Checkpoints
@@ -29,7 +30,12 @@ from lit_zero.strategy.flavour import (
 )
 from lit_zero.strategy.launcher import JobLauncher, new_job
 from lit_zero.strategy.precision import hold_with_skipped_steps, lowered_dtype, over_shards
-from lit_zero.strategy.refusals import refuse_several_optimizers, refuse_unsupported
+from lit_zero.strategy.refusals import (
+    accumulates,
+    refuse_no_optimizer,
+    refuse_tensors_without_memory,
+    refuse_unsupported,
+)
 from lit_zero.zero.engine import Engine
 from lit_zero.zero.policy import Placement, Zero
 
@@ -49,7 +55,7 @@ class ZeroStrategy(ParallelStrategy):
         nonfinite_loss: ``"error"``: a loss that is NaN or infinite ends the run before it can reach a weight (not in
             ``16-mixed``, where the loss scaler skips the step). ``"ignore"``: train on, as Lightning does.
         timeout: seconds, or a timedelta, that a collective waits for a rank that does not come.
-        process_group_backend: ``"gloo"`` or ``"nccl"``; by default what serves the device.
+        process_group_backend: ``"gloo"``, ``"nccl"`` or ``"cpu:gloo,cuda:nccl"``; by default what serves the device.
         kwargs: what Lightning passes to every parallel strategy (``accelerator``, ``parallel_devices``,
             ``cluster_environment``, ...).
 
@@ -82,7 +88,9 @@ class ZeroStrategy(ParallelStrategy):
         )
         check_choice("nonfinite_loss", nonfinite_loss, ("error", "ignore"))
         self._nonfinite_loss = nonfinite_loss
-        self._timeout = timeout if isinstance(timeout, timedelta) else timedelta(seconds=timeout)
+        self._timeout = _duration("timeout", timeout)
+        if process_group_backend is not None:
+            check_choice("process_group_backend", process_group_backend, ("gloo", "nccl", "cpu:gloo,cuda:nccl"))
         self._backend = process_group_backend
         self._num_nodes = 1
         self._engine: Engine | None = None
@@ -134,7 +142,9 @@ class ZeroStrategy(ParallelStrategy):
         return {"num_replicas": self.data_parallel_size, "rank": self.global_rank}
 
     def _configure_launcher(self) -> None:
-        assert self.cluster_environment is not None
+        assert self.cluster_environment is not None and self.parallel_devices is not None
+        if self.parallel_devices[0].type == "cpu" and not self.cluster_environment.creates_processes_externally:
+            check_cpu_processes("devices", self.num_processes)
         launcher: Any = JobLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
         self._launcher = launcher
 
@@ -187,12 +197,14 @@ class ZeroStrategy(ParallelStrategy):
     def model_to_device(self) -> None:
         """Move what the engine does not manage (metric states), once it has placed the parameters."""
         assert self.lightning_module is not None
+        refuse_tensors_without_memory(self.lightning_module)
         self.lightning_module.to(self.root_device)
 
     def connect(self, model: pl.LightningModule) -> None:
         """Take the module that is about to run."""
         super().connect(model)
-        if self._checkpoints is None or self._engine is None or self._engine.model is not model:
+        if self._checkpoints is None or self._engine is None or self._engine is not Engine.of(model):
+            # Nothing to go on with: another module, or another Trainer has taken this one over in the meantime.
             self._engine, self._checkpoints = None, Checkpoints(self.checkpoint_policy, model)
 
     def setup(self, trainer: pl.Trainer) -> None:
@@ -220,22 +232,24 @@ class ZeroStrategy(ParallelStrategy):
         self.precision_plugin.convert_module(module)
         if fitting:
             self.setup_optimizers(trainer)
-            refuse_several_optimizers(len(self.optimizers))
+            refuse_no_optimizer(self.optimizers)
             for config in self.lr_scheduler_configs:
                 if config.interval == "step":
                     hold_with_skipped_steps(config.scheduler, self.precision_plugin)
-        lowering = Lowering(
-            self.precision_policy, lowered_dtype(self.precision_plugin), trainer.accumulate_grad_batches > 1
-        )
+        lowering = Lowering(self.precision_policy, lowered_dtype(self.precision_plugin), accumulates(trainer))
         self._engine = Engine(
             module,
             self.optimizers if fitting else (),
             zero=self.zero,
-            exchange=open_exchange(self.comm, self.root_device, lowering.reduce_dtype),
+            exchange=open_exchange(self.comm, self.root_device, lowering.reduce_dtype, self._timeout),
             device=self.root_device,
             lowering=lowering,
             training=fitting,
         )
+
+    def on_train_end(self) -> None:
+        """Bring replicated parameters up to date, so that each rank may use the module on its own after ``fit``."""
+        self.engine.wait_for_parameters()
 
     def teardown(self) -> None:
         """End the run. The module stays sharded, so that checkpoints can be saved and further runs started after
@@ -304,7 +318,7 @@ class ZeroStrategy(ParallelStrategy):
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         """Return an optimizer's state dict as one process would have it, on rank 0. All ranks must call this."""
-        bare = getattr(optimizer, "optimizer", optimizer)
+        bare = getattr(optimizer, "_optimizer", optimizer)  # out of Lightning's wrapper
         return self.checkpoints.optimizer(next(i for i, b in enumerate(self.engine.bindings) if b.optimizer is bare))
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
@@ -332,4 +346,12 @@ class ZeroStrategy(ParallelStrategy):
 def _instance(key: str, value: Any, kind: type[Any]) -> Any:
     if not isinstance(value, kind):
         raise ConfigError(f"{key}={value!r} is not valid: expected a {kind.__name__}, got a {type(value).__name__}.")
+    return value
+
+
+def _duration(key: str, value: Any) -> timedelta:
+    if not isinstance(value, timedelta):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            raise ConfigError(f"{key}={value!r} is not valid: expected seconds, more than 0, or a timedelta.")
+        value = timedelta(seconds=value)
     return value

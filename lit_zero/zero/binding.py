@@ -166,9 +166,7 @@ class Binding:
                 grads[segment.lane] = segment.lane.master_grad()
             grad = grads[segment.lane]
             segment.param.grad = grad[segment.first : segment.last].view_as(segment.param)
-            stored = (segment.lane.grad_full, segment.lane.grad_own)
-            live = any(one is not None and _same_memory(one, grad) for one in stored)
-            segment.copied = None if live else segment.param.grad._version
+            segment.copied = None if _is_live(segment.lane, grad) else segment.param.grad._version
 
     def _check_groups(self) -> None:
         held = [param for group in self.optimizer.param_groups for param in group["params"]]
@@ -333,8 +331,11 @@ class Binding:
             mine.update({key: value for key, value in theirs.items() if key != "params"})
 
 
-def _same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+def _is_live(lane: Lane, grad: torch.Tensor) -> bool:
+    """Return whether what is done to ``grad`` is done to all that the next backward will add to."""
+    whole = lane.row.optimizer is Placement.REPLICATE or lane.accumulated  # else only one rank's part of a sum to come
+    stored = [one.untyped_storage().data_ptr() for one in (lane.grad_full, lane.grad_own) if one is not None]
+    return whole and grad.untyped_storage().data_ptr() in stored
 
 
 def _is_elementwise(value: Any, param: torch.Tensor) -> bool:

@@ -261,11 +261,6 @@ class Lane:
         grad = self._stored_grad()
         return grad if grad.dtype == self.master_dtype else grad.to(self.master_dtype)
 
-    def holds(self, grad: torch.Tensor) -> bool:
-        """Return whether ``grad`` is the stored gradient's own memory, and not a copy in another dtype."""
-        stored = self.grad_full if self.row.optimizer is Placement.REPLICATE else self.grad_own
-        return stored is not None and stored.untyped_storage().data_ptr() == grad.untyped_storage().data_ptr()
-
     def _stored_grad(self) -> torch.Tensor:
         grad = self.grad_full if self.row.optimizer is Placement.REPLICATE else self.grad_own
         assert grad is not None

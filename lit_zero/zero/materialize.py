@@ -46,13 +46,16 @@ def materialize(
     _share_random_state(device, exchange)
     made: dict[nn.Parameter, torch.Size] = {}  # full shapes of what has gone to the sink
     for name, module in model.named_modules():
-        parameters = {key: p for key, p in module._parameters.items() if p is not None}
-        own = {key: p for key, p in parameters.items() if p.is_meta}
+        parameters: dict[nn.Parameter, str] = {}  # each with the first of its names
+        for key, p in module._parameters.items():
+            if p is not None:
+                parameters.setdefault(p, key)
+        own = {key: p for p, key in parameters.items() if p.is_meta}
         buffers = {key: b for key, b in module._buffers.items() if b is not None and b.is_meta}
-        with _set_aside(module, [p for p in parameters.values() if not p.is_meta], made, device):
+        with _set_aside(module, [p for p in parameters if not p.is_meta], made, device):
             if own or buffers:
                 _materialize_module(name, module, own, buffers, device)
-            elif any(p in made for p in parameters.values()):
+            elif any(p in made for p in parameters):
                 _draw_again(module)
         for key, param in own.items():
             sink(f"{name}.{key}" if name else key, param.data)
@@ -78,12 +81,14 @@ def _set_aside(
     for param, data in parameters:
         shape = made.get(param, data.shape)
         param.data = torch.empty(shape, dtype=data.dtype, device=device if param in made else data.device)
-    yield
-    for param, data in parameters:
-        param.data = data
-    for key, buffer, value in buffers:
-        buffer.copy_(value)
-        module._buffers[key] = buffer
+    try:
+        yield
+    finally:
+        for param, data in parameters:
+            param.data = data
+        for key, buffer, value in buffers:
+            buffer.copy_(value)
+            module._buffers[key] = buffer
 
 
 def _materialize_module(
@@ -96,12 +101,23 @@ def _materialize_module(
             f"{title} is on the meta device and has no reset_parameters() to initialise it. Add one, or build the "
             "module on a real device."
         )
-    _refuse_lost_values(title, own, reset)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        _refuse_lost_values(title, own, reset)
     unset: dict[str, torch.Tensor] = {}
+    if isinstance(module, nn.RNNBase):
+        module._flat_weight_refs = []  # weak references, which swap_tensors does not allow
     for key, param in own.items():
-        # swap_tensors keeps the object, which optimizers and other modules may hold
-        torch.utils.swap_tensors(param, nn.Parameter(_unset_like(param, device), requires_grad=param.requires_grad))
+        try:
+            # swap_tensors keeps the object, which optimizers and other modules may hold
+            torch.utils.swap_tensors(param, nn.Parameter(_unset_like(param, device), requires_grad=param.requires_grad))
+        except RuntimeError as error:
+            raise UnsupportedError(
+                f"{title} is on the meta device, and its {key!r} cannot be given memory: {error}. Build the module on "
+                "a real device."
+            ) from error
         unset[key] = param
+    if isinstance(module, nn.RNNBase):
+        module._init_flat_weights()
     for key, buffer in buffers.items():
         module._buffers[key] = unset[key] = _unset_like(buffer, device)
     with torch.no_grad():
@@ -125,7 +141,7 @@ def _refuse_lost_values(title: str, own: dict[str, nn.Parameter], reset: Callabl
     """Refuse parameters that something else than the constructor has initialised: there is no memory to remember it."""
     written = {key: param._version for key, param in own.items()}
     # On meta tensors this costs nothing, and tells how often each is written.
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with torch.no_grad():
         reset()
     for key, param in own.items():
         if written[key] > param._version - written[key]:

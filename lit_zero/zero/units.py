@@ -53,6 +53,8 @@ def plan_units(model: nn.Module, units: Units, lowering: Lowering) -> list[UnitP
         ConfigError: if ``units`` names a module or class that does not exist.
         UnsupportedError: if a parameter cannot be managed; it is named.
     """
+    for name, param in model.named_parameters():
+        _refuse_lazy(name, param)  # nothing else can be asked of such a parameter
     modules = dict(model.named_modules())
     chosen = _choose(model, units)
     plans = {name: UnitPlan(name, module) for name, module in modules.items() if name == "" or name in chosen}
@@ -177,12 +179,15 @@ def cut_evenly(infos: Sequence[ParamInfo], parts: int = 3, smallest: int = 1 << 
     return runs_below(low)
 
 
-def _check(name: str, param: nn.Parameter) -> None:
+def _refuse_lazy(name: str, param: nn.Parameter) -> None:
     if isinstance(param, nn.parameter.UninitializedParameter):
         raise UnsupportedError(
             f"Parameter {name!r} of a lazy module has no shape yet. Run one forward before training, or give the "
             "module its sizes."
         )
+
+
+def _check(name: str, param: nn.Parameter) -> None:
     if type(param.data) is not torch.Tensor or param.layout is not torch.strided:
         raise UnsupportedError(
             f"Parameter {name!r} is a {type(param.data).__name__} of layout {param.layout}; lit_zero shards plain "

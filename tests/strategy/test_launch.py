@@ -1,0 +1,200 @@
+"""Scripts as users start them: alone, by torchrun, with a rank that fails, and with the other name of Lightning."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+SCRIPT = """
+    import json
+    import sys
+    import time
+    from pathlib import Path
+
+    import torch
+
+    flavour, strategy, trouble, folder = sys.argv[1:]
+    if flavour == "lightning":
+        import lightning.pytorch as pl
+        from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
+    else:
+        import pytorch_lightning as pl
+        from pytorch_lightning.demos.boring_classes import BoringModel, RandomDataset
+    import lit_zero
+
+
+    class Model(BoringModel):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)["loss"]
+            if batch_idx == 2 and trouble == f"rank {self.global_rank} raises":
+                Path(folder, "raised").write_text(str(time.time()))
+                raise ValueError(f"rank {self.global_rank} alone finds a mistake")
+            if batch_idx == 2 and trouble == f"rank {self.global_rank} diverges":
+                Path(folder, "raised").write_text(str(time.time()))
+                return loss * float("nan")
+            return loss
+
+        def train_dataloader(self):
+            return torch.utils.data.DataLoader(RandomDataset(32, 16), batch_size=2)
+
+
+    if __name__ == "__main__":
+        pl.seed_everything(1)
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            devices=2,
+            strategy=strategy,
+            max_epochs=1,
+            limit_val_batches=0,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        model = Model()
+        trainer.fit(model)
+        weights = trainer.strategy.lightning_module_state_dict()
+        seen = {
+            "world": trainer.world_size,
+            "steps": trainer.global_step,
+            "weights": {name: value.tolist() for name, value in weights.items()},
+            "strategy": type(trainer.strategy).__mro__[1].__module__,
+        }
+        if trainer.is_global_zero and strategy != "zero3":
+            time.sleep(1.0)  # the other rank has left
+            seen["forward"] = model(torch.ones(1, 32)).tolist()
+        Path(folder, f"rank{trainer.global_rank}.json").write_text(json.dumps(seen))
+"""
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+CASES = {
+    "alone": ("", "lightning", "zero2", ""),
+    "alone, stage 3": ("", "lightning", "zero3", ""),
+    "torchrun": ("torchrun", "lightning", "zero3", ""),
+    "pytorch_lightning": ("", "pytorch_lightning", "zero2", ""),
+    "rank 0 raises": ("", "lightning", "zero3", "rank 0 raises"),
+    "rank 1 raises": ("", "lightning", "zero2", "rank 1 raises"),
+    "torchrun, rank 0 raises": ("torchrun", "lightning", "zero1", "rank 0 raises"),
+    "torchrun, rank 1 diverges": ("torchrun", "lightning", "zero3", "rank 1 diverges"),
+}
+LIMIT = 30.0  # seconds in which all ranks must have ended once one has failed
+
+
+@dataclass
+class Finished:
+    """A script that has ended.
+
+    Attributes:
+        code: its exit code.
+        output: of all its ranks, both streams.
+        folder: where its ranks left word.
+        ended: seconds since the epoch.
+    """
+
+    code: int
+    output: str
+    folder: Path
+    ended: float
+
+    def seen(self, rank: int) -> dict:
+        return json.loads((self.folder / f"rank{rank}.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Finished]:
+    """Every case, two at a time."""
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")
+        and not name.startswith(("LIT_ZERO_", "TORCHELASTIC_", "PL_"))
+    }
+
+    def run(case: str) -> Finished:
+        launcher, *arguments = CASES[case]
+        folder = tmp_path_factory.mktemp(case.replace(" ", "_").replace(",", ""))
+        (folder / "train.py").write_text(textwrap.dedent(SCRIPT))
+        command = [sys.executable, *(TORCHRUN if launcher else ()), str(folder / "train.py"), *arguments, str(folder)]
+        done = subprocess.run(
+            command,
+            cwd=folder,
+            env={**environment, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=200,
+        )
+        return Finished(done.returncode, done.stdout, folder, time.time())
+
+    cases = [case for case in CASES if case != "pytorch_lightning" or importlib.util.find_spec(case)]
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(cases, pool.map(run, cases), strict=True))
+
+
+@pytest.mark.parametrize("case", ["alone", "alone, stage 3", "torchrun"])
+def test_two_processes_train_together(finished, case):
+    done = finished[case]
+    assert done.code == 0, done.output
+    first, second = done.seen(0), done.seen(1)
+    assert first["world"] == second["world"] == 2
+    assert first["steps"] == second["steps"] == 4
+    assert first["strategy"] == "lightning.pytorch.strategies.parallel"
+    assert first["weights"] == finished["alone"].seen(0)["weights"], "it does not matter who starts the ranks"
+    assert second["weights"] == {}
+
+
+def test_rank_0_goes_on_alone_after_fit(finished):
+    first = finished["alone"].seen(0)
+    weight, bias = first["weights"]["layer.weight"], first["weights"]["layer.bias"]
+    assert first["forward"][0] == pytest.approx([sum(row) + b for row, b in zip(weight, bias, strict=True)], rel=1e-4)
+
+
+def test_the_other_name_of_lightning(finished):
+    if "pytorch_lightning" not in finished:
+        pytest.skip("pytorch_lightning is not installed")
+    done = finished["pytorch_lightning"]
+    assert done.code == 0, done.output
+    first = done.seen(0)
+    assert first["strategy"] == "pytorch_lightning.strategies.parallel"
+    assert first["steps"] == 4
+    assert first["weights"] == finished["alone"].seen(0)["weights"]
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("rank 0 raises", ["in training_step", "ValueError: rank 0 alone finds a mistake"]),
+        (
+            "rank 1 raises",
+            [
+                "RankError: rank 1 of 2 failed with ValueError: rank 1 alone finds a mistake",
+                "The traceback of rank 1:",
+                "in training_step",
+                "ValueError: rank 1 alone finds a mistake",
+            ],
+        ),
+        ("torchrun, rank 0 raises", ["in training_step", "ValueError: rank 0 alone finds a mistake"]),
+        (
+            "torchrun, rank 1 diverges",
+            ["in pre_backward", "LitZeroError: The loss is nan on rank 1 at step 2. No weight has been changed by it"],
+        ),
+    ],
+)
+def test_a_rank_that_fails_ends_all_with_its_traceback(finished, case, words):
+    done = finished[case]
+    assert done.code != 0
+    at = 0
+    for word in words:
+        at = done.output.find(word, at)
+        assert at >= 0, f"{word!r} is not in its place in:\n{done.output}"
+    assert done.ended - float((done.folder / "raised").read_text()) < LIMIT
+    assert not list(done.folder.glob("rank*.json"))
