@@ -11,6 +11,9 @@ import torch.distributed as dist
 
 from tests.pool import RankPool
 
+# As many as a rank of the pool has: a sum over two threads adds in another order, and bits are compared.
+torch.set_num_threads(1)
+
 # Environment variables that pytest, torch and Lightning set themselves in the course of normal work (launching,
 # seeding, determinism, compiling), as lit_zero does with LIT_ZERO_*. A test is not to blame for them: they are put
 # back without a word.

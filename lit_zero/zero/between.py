@@ -54,3 +54,8 @@ def when_all_known(tensors: Sequence[torch.Tensor], action: Callable[[], None]) 
 
     for tensor in tensors:
         _gradient_hook(tensor).first.append(known)
+
+
+def backward_is_running() -> bool:
+    """Return whether this runs inside a backward (a recomputation, seen from a module's forward)."""
+    return torch._C._current_graph_task_id() != -1

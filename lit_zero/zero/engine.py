@@ -29,7 +29,8 @@ from lit_zero.core.errors import LitZeroError
 from lit_zero.core.nested import tensors_in
 from lit_zero.core.piece import ParamState, Piece
 from lit_zero.precision.policy import Lowering
-from lit_zero.zero.between import when_all_known, when_reached
+from lit_zero.zero.agreeing import Reach, SharedBuffers
+from lit_zero.zero.between import backward_is_running, when_all_known, when_reached
 from lit_zero.zero.binding import Binding, require_elementwise
 from lit_zero.zero.build import build_unit, fill_lanes, number_groups
 from lit_zero.zero.gathering import Gatherer
@@ -74,32 +75,27 @@ class Engine:
     ) -> None:
         self.model, self.zero, self.exchange, self.device = model, zero, exchange, torch.device(device)
         self.row = zero.row.over(exchange.size)
-        self._lowering = lowering or Lowering()
+        lowering = lowering or Lowering()
         self._handles: list[RemovableHandle] = []
-        plans = plan_units(model, zero.units, self._lowering)
+        plans = plan_units(model, zero.units, lowering)
         infos = {info.name: info for plan in plans for info in plan.infos}
         for info in infos.values():
             info.trainable = info.trainable and training
-        self.training = training
         self.aliases = {alias: info.name for info in infos.values() for alias in info.aliases}
         self.parameter_count = sum(info.param.numel() for info in infos.values())
         grouped = number_groups(model, optimizers, infos)
         hold = (zero.accumulate or self.row.accumulate) == "hold" or self.row.optimizer is Placement.REPLICATE
-        self.units = [
-            build_unit(plan, number, self.row, hold, exchange, self.device, self._lowering)
-            for number, plan in enumerate(plans)
-        ]
+        build = partial(build_unit, row=self.row, hold=hold, exchange=exchange, device=self.device, lowering=lowering)
+        self.units = [build(plan, number) for number, plan in enumerate(plans)]
         self.root = self.units[0]
         fill_lanes(model, self.lanes, exchange, self.device)
-        slots = zero.slots or 2
-        self._gatherer = Gatherer(self.units, exchange, slots, self.device, zero.poison)
+        self._gatherer = Gatherer(self.units, exchange, zero.slots or 2, self.device, zero.poison)
         self._reducer = Reducer(self.units, exchange, self.device)
         trainable = [lane for lane in self.lanes if lane.trainable]
         self.bindings = [self._bind(optimizer, names, first, trainable) for optimizer, names, first in grouped]
         self._in_backward = False
-        # Whether some parameters are not reached by the loss; unknown before the first backward.
-        self._partial: bool | None = None
-        self._buffer_versions: list[int] = []
+        self._reach = Reach(trainable, exchange, self.device)
+        self._buffers = SharedBuffers(model, exchange, self.device)
         self._gradient_bytes = 0
         self._install_hooks()
 
@@ -129,7 +125,7 @@ class Engine:
         self._handles.append(self.model.register_forward_pre_hook(self._before_model, prepend=True))
 
     def _before_model(self, *_: Any) -> None:
-        self.begin_forward()
+        self.begin_forward(share_buffers=torch.is_grad_enabled())  # one rank may sample from the model by itself
 
     @classmethod
     def of(cls, model: nn.Module) -> Engine | None:
@@ -152,9 +148,7 @@ class Engine:
             self._handles.append(unit.module.register_forward_hook(after, with_kwargs=True))
 
     def detach(self) -> None:
-        """Give the module back: full parameters on every rank, no hooks. Needs memory for the whole model. All ranks
-        together.
-        """
+        """Give the module back: full parameters on every rank, no hooks. All ranks together."""
         for unit in self.units:
             self._gatherer.need(unit)
             for lane in unit.lanes:
@@ -180,31 +174,21 @@ class Engine:
         """All lanes of all units."""
         return [lane for unit in self.units for lane in unit.lanes]
 
-    def begin_forward(self) -> None:
-        """Make the root unit whole; call it before anything of the module runs that does not go through
-        ``model.forward``.
+    def begin_forward(self, share_buffers: bool = True) -> None:
+        """Make the root unit whole; call it before what runs without going through ``model.forward``.
+
+        Args:
+            share_buffers: let rank 0's buffers stand for all; all ranks must then call this together.
         """
-        if _graph_is_running():
+        if backward_is_running():
             return
         self._gatherer.new_forward()
         self._gatherer.need(self.root)
-        self._share_buffers()
-
-    def _share_buffers(self) -> None:
-        """Let rank 0's buffers (batch statistics) stand for all, as DDP does; nothing is sent while no buffer
-        changes.
-        """
-        if self.exchange.size == 1:
-            return
-        buffers = list(self.model.buffers())
-        versions = [buffer._version if not buffer.is_inference() else 0 for buffer in buffers]
-        if self._buffer_versions and versions != self._buffer_versions:
-            for buffer in buffers:
-                self.exchange.broadcast(buffer.data)
-        self._buffer_versions = versions
+        if share_buffers:
+            self._buffers.share()
 
     def _before_forward(self, unit: Unit, args: Any, kwargs: Any) -> None:
-        if _graph_is_running():  # a checkpointed segment runs again, inside the backward
+        if backward_is_running():  # a checkpointed segment runs again, inside the backward
             unit.recomputed = True
             self._gatherer.need(unit, recomputing=True)
         else:
@@ -222,7 +206,7 @@ class Engine:
             for tensor in tensors_in(output):
                 if tensor.requires_grad:
                     when_reached(tensor, partial(self._gatherer.backward_begins, unit))
-        if _graph_is_running():
+        if backward_is_running():
             self._gatherer.release(unit)
         else:
             self._gatherer.forward_ends(unit)
@@ -247,7 +231,7 @@ class Engine:
         for unit in self.units:
             self._gatherer.backward_ends(unit)
             unit.calls = 0
-        unreached = set() if self._reducer.deferred else self._unreached()
+        unreached = set() if self._reducer.deferred else self._reach.unreached()
         for binding in self.bindings:
             if unreached:
                 binding.split()
@@ -291,24 +275,6 @@ class Engine:
                 self._reducer.complete(parcel)
 
         return landed
-
-    def _unreached(self) -> set[str]:
-        """Return the parameters that the loss of no rank has reached since gradients were dropped.
-
-        Whether there are any is agreed after the first backward. If there are, ranks compare after every backward; if
-        there are none, a parameter that stays out later counts as a zero gradient.
-        """
-        if self._partial is False and self.exchange.size > 1:
-            return set()
-        lanes = [lane for lane in self.lanes if lane.trainable]
-        names = [info.name for lane in lanes for info in lane.infos]
-        reached = torch.tensor([flag for lane in lanes for flag in lane.reached], dtype=torch.uint8, device=self.device)
-        if self.exchange.size > 1:
-            reached = self.exchange.maximum(reached)
-        unreached = {name for name, flag in zip(names, reached.tolist(), strict=True) if not flag}
-        if self._partial is None:
-            self._partial = bool(unreached)
-        return unreached
 
     # ---- step
 
@@ -431,8 +397,3 @@ class Engine:
         found["optimizer"] = storage_bytes(chain(*(binding.state_tensors() for binding in self.bindings)), seen)
         found["slots"] = storage_bytes([s.buffer for s in self._gatherer.slots], seen) + self._reducer.peak_bytes
         return found
-
-
-def _graph_is_running() -> bool:
-    """Return whether this runs inside a backward (a recomputation, seen from a module's forward)."""
-    return torch._C._current_graph_task_id() != -1

@@ -63,6 +63,32 @@ def test_bf16_mixed_on_two_ranks(ranks, tmp_path, trainer):
         assert all(same_bits(each.weights, together[0][0].weights) for each in together[0])
 
 
+def state_bytes(trainer: pl.Trainer) -> dict[str, float]:
+    """Live bytes per parameter."""
+    engine = trainer.strategy.engine
+    return {kind: value / engine.parameter_count for kind, value in engine.model_state_bytes().items()}
+
+
+@pytest.mark.parametrize(
+    ("mode", "accumulate", "parameter", "gradient", "master"),
+    [
+        ("32-true", 1, 4, 4, 4),
+        ("bf16-mixed", 1, 2, 2, 4),
+        ("bf16-mixed", 2, 2, 4, 4),
+        ("bf16-true", 1, 2, 2, 2),
+    ],
+)
+def test_the_mode_reaches_the_engine(ranks, tmp_path, mode, accumulate, parameter, gradient, master):
+    trainer = {"precision": mode, "accumulate_grad_batches": accumulate, "max_steps": 2}
+    zero = {"zero": "stage1", "precision": Precision(lower="all")}
+    found = ranks(2).run(train, Fit(zero, 2, trainer, look=state_bytes, arguments=SGD), tmp_path)[0].notes
+    assert found["parameter"] == pytest.approx(parameter, rel=0.06)
+    assert found["gradient"] == pytest.approx(gradient, rel=0.06)
+    # padding is 4 % of so small a model; what is a slice of the parameters themselves takes nothing more
+    assert found["master"] == pytest.approx(0 if parameter == master else master / 2, rel=0.06)
+    assert found["optimizer"] == pytest.approx(master / 2, rel=0.06)
+
+
 @pytest.mark.parametrize("lower", ["matmul", "all"])
 @pytest.mark.parametrize("reduce_dtype", ["float32", "compute"])
 def test_choices_of_bf16_mixed(ranks, tmp_path, lower, reduce_dtype):

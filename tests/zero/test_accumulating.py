@@ -1,0 +1,103 @@
+"""Gradients that are not dropped add up, in whatever order whole and partial backwards come."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from lit_zero.comm import Comm
+from lit_zero.comm.open import open_exchange
+from lit_zero.zero import Zero
+from lit_zero.zero.engine import Engine
+from tests.zero.harness import BATCH, GPT, momentum, tokens
+
+STAGES = ("none", "stage1", "stage2", "stage3")
+WAYS = [(stage, way) for stage in STAGES for way in ("hold", "reduce") if (stage, way) != ("none", "reduce")]
+
+# What happens between two steps: r is a backward that reduces, h one inside no_reduce, z drops the gradients.
+SEQUENCES = ("r", "rr", "rrr", "hr", "hhr", "hrr", "rhr", "rhhr", "zr", "rzr", "rrzr", "hrzhr")
+
+
+def weights_after(engine: Engine, model: GPT, optimizer: torch.optim.Optimizer, sequence: str) -> torch.Tensor:
+    share = BATCH // engine.exchange.size
+    rows = slice(engine.exchange.rank * share, (engine.exchange.rank + 1) * share)
+    for step in range(2):
+        for number, what in enumerate(sequence):
+            if what == "z":
+                optimizer.zero_grad()
+                continue
+            loss = model.loss(tokens(10 * step + number, rows))
+            if what == "h":
+                with engine.no_reduce():
+                    engine.backward(loss)
+            else:
+                engine.backward(loss)
+        engine.step()
+    engine.detach()
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def every_sequence(stage: str, way: str) -> dict[str, torch.Tensor]:
+    found = {}
+    for sequence in SEQUENCES:
+        torch.manual_seed(0)
+        model = GPT(layers=2).double()
+        optimizer = momentum(model)
+        exchange = open_exchange(Comm(), torch.device("cpu"))
+        engine = Engine(model, [optimizer], zero=Zero(stage, accumulate=way), exchange=exchange)
+        found[sequence] = weights_after(engine, model, optimizer, sequence)
+    return found
+
+
+def in_one_process(sequence: str) -> torch.Tensor:
+    torch.manual_seed(0)
+    model = GPT(layers=2).double()
+    optimizer = momentum(model)
+    for step in range(2):
+        for number, what in enumerate(sequence):
+            if what == "z":
+                optimizer.zero_grad()
+            else:
+                model.loss(tokens(10 * step + number)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, torch.Tensor]:
+    return {sequence: in_one_process(sequence) for sequence in SEQUENCES}
+
+
+def test_what_is_dropped_and_what_is_kept_shows(expected):
+    assert len({weights.sum().item() for weights in map(expected.get, ("r", "rr", "zr", "rzr", "rrr"))}) == 5
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize(("stage", "way"), WAYS)
+def test_gradients_add_up_until_they_are_dropped(ranks, expected, stage, way, size):
+    for found in ranks(size).run(every_sequence, stage, way):
+        for sequence, weights in found.items():
+            torch.testing.assert_close(weights, expected[sequence], rtol=1e-10, atol=1e-12, msg=sequence)
+
+
+def peaks(way: str) -> dict[str, Any]:
+    """Bytes of gradients that wait between two micro-batches."""
+    model = GPT(vocab=31, dim=48, layers=8)
+    exchange = open_exchange(Comm(), torch.device("cpu"))
+    engine = Engine(model, [momentum(model)], zero=Zero("stage2", accumulate=way), exchange=exchange)
+    with engine.no_reduce():
+        engine.backward(model.loss(tokens(0)))
+    reductions = exchange.counters.reductions
+    engine.backward(model.loss(tokens(1)))
+    found = {"between": reductions, "all": exchange.counters.reductions}
+    engine.exchange.close()
+    return found
+
+
+def test_holding_reduces_once_and_reducing_reduces_every_time(ranks):
+    for hold, reduce in zip(ranks(2).run(peaks, "hold"), ranks(2).run(peaks, "reduce"), strict=True):
+        assert hold["between"] == 0 and hold["all"] > 0
+        assert reduce["between"] == hold["all"] and reduce["all"] == 2 * hold["all"]
