@@ -136,7 +136,7 @@ def make_deepspeed(model: nn.Module, turn: Turn, stage: int) -> Step:
     return step
 
 
-def make_lit_zero(model: nn.Module, turn: Turn, stage: str) -> Step:
+def make_lit_zero(model: nn.Module, turn: Turn, stage: str, slots: int | None = None) -> Step:
     from lit_zero.comm.open import open_exchange
     from lit_zero.comm.policy import Comm
     from lit_zero.zero.engine import Engine
@@ -146,7 +146,7 @@ def make_lit_zero(model: nn.Module, turn: Turn, stage: str) -> Step:
     engine = Engine(
         model,
         [adamw(model.parameters())],
-        zero=Zero(stage=stage),
+        zero=Zero(stage=stage, slots=slots),
         exchange=open_exchange(Comm(), device),
         device=device,
     )
@@ -176,6 +176,7 @@ CONTENDERS: dict[str, Callable[[nn.Module, Turn], Step]] = {
     "lit-zero-stage1": partial(make_lit_zero, stage="stage1"),
     "lit-zero-stage2": partial(make_lit_zero, stage="stage2"),
     "lit-zero-stage3": partial(make_lit_zero, stage="stage3"),
+    "lit-zero-stage3-one-slot": partial(make_lit_zero, stage="stage3", slots=1),
 }
 
 

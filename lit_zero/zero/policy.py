@@ -65,8 +65,9 @@ class Zero:
             or ``Sequential``. Else class names and module-name patterns (``["Block", "encoder.layers.*"]``), or a
             callable ``(name, module) -> bool``. What belongs to no unit forms the root unit, which is whole from
             forward to step.
-        slots: sharded parameters only: number of buffers that gathered units take turns in, at least 2. Default 2: the
-            unit at work and the one fetched ahead. Memory: ``slots`` times the largest unit.
+        slots: sharded parameters only: number of buffers that gathered units take turns in. Default 2: the unit at work
+            and the one fetched ahead. 1 takes least memory and fetches nothing ahead. Memory: ``slots`` times the
+            largest unit.
         accumulate: with ``accumulate_grad_batches > 1``: ``hold`` full gradients and reduce once per step (least
             traffic), or ``reduce`` every micro-batch into the shard (least memory). Default: the stage's own, see
             ``Row``.
@@ -90,9 +91,9 @@ class Zero:
         if not isinstance(self.poison, bool):
             raise ConfigError(f"zero.poison={self.poison!r} is not valid: expected true or false.")
         if self.slots is not None and (
-            isinstance(self.slots, bool) or not isinstance(self.slots, int) or self.slots < 2
+            isinstance(self.slots, bool) or not isinstance(self.slots, int) or self.slots < 1
         ):
-            raise ConfigError(f"zero.slots={self.slots!r} is not valid: expected an integer of at least 2.")
+            raise ConfigError(f"zero.slots={self.slots!r} is not valid: expected an integer of at least 1.")
         listed = isinstance(self.units, Sequence) and all(isinstance(entry, str) for entry in self.units)
         if not listed and not callable(self.units):
             raise ConfigError(

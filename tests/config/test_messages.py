@@ -33,7 +33,7 @@ STAGES = "Choose one of: none, stage1, stage2, stage3."
             ["-m", "zero=stage1,stage3", "zero.slots=3"],
             "zero.slots=3: 'zero' has no key 'slots' here. It exists with zero=stage3.",
         ),
-        (["zero=stage3", "zero.slots=1"], "zero.slots=1 is not valid: expected an integer of at least 2."),
+        (["zero=stage3", "zero.slots=0"], "zero.slots=0 is not valid: expected an integer of at least 1."),
         (["zero=stage3", "zero.slots=many"], "zero.slots=many is not valid: expected a whole number or null."),
         (["zero=stage3", "zero.slots=3", "zero.stage=stage1"], "zero.slots=3 has no effect with zero.stage='stage1'"),
         (["+zero.slot=3"], "zero: Zero.__init__() got an unexpected keyword argument 'slot'"),

@@ -42,6 +42,7 @@ def in_all_stages(ranks: Ranks, size: int, folder: Path, **fit: Any) -> tuple[li
     )
     for first, *others in zip(*per_rank, strict=True):
         assert all(other.metrics == first.metrics for other in others), "ranks agree on what was logged"
+        assert all(other.weights == {} for other in others), "the whole state dict is rank 0's alone"
     return per_rank[0], alone
 
 

@@ -83,6 +83,7 @@ def other_ways(run: Run) -> list[Outcome]:
     return [
         with_engine(run, Zero("stage3")),
         with_engine(run, Zero("stage3"), Comm(overlap=False)),
+        with_engine(run, Zero("stage3", slots=1)),
         with_engine(run, Zero("stage3", slots=3)),
         with_engine(run, Zero("stage3", poison=True)),
         with_engine(run, Zero("stage3", units=["Linear"])),

@@ -313,7 +313,7 @@ def all_stages(name: str) -> list[Any]:
     run = RUNS[name]
     run.steps = 5
     outcomes = [with_engine(run, Zero(stage)) for stage in STAGES]
-    return [*outcomes, with_engine(run, Zero("stage3", poison=True))]
+    return [*outcomes, *(with_engine(run, Zero("stage3", slots=slots, poison=True)) for slots in (1, 2))]
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])

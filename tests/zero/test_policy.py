@@ -18,9 +18,9 @@ ERRORS = {
     "zero.stage=None is not known. Did you mean 'none'? Choose one of: none, stage1, stage2, stage3.": {"stage": None},
     "zero.accumulate='holds' is not known. Did you mean 'hold'? Choose one of: hold, reduce.": {"accumulate": "holds"},
     "zero.poison='yes' is not valid: expected true or false.": {"stage": "stage3", "poison": "yes"},
-    "zero.slots=1 is not valid: expected an integer of at least 2.": {"stage": "stage3", "slots": 1},
-    "zero.slots=2.0 is not valid: expected an integer of at least 2.": {"stage": "stage3", "slots": 2.0},
-    "zero.slots=True is not valid: expected an integer of at least 2.": {"stage": "stage3", "slots": True},
+    "zero.slots=0 is not valid: expected an integer of at least 1.": {"stage": "stage3", "slots": 0},
+    "zero.slots=2.0 is not valid: expected an integer of at least 1.": {"stage": "stage3", "slots": 2.0},
+    "zero.slots=True is not valid: expected an integer of at least 1.": {"stage": "stage3", "slots": True},
     "zero.units='Block' is not valid: expected 'auto', a list such as ['Block'], or a callable (name, module) -> "
     "bool.": {"units": "Block"},
     "zero.units=3 is not valid: expected 'auto', a list of class names and module-name patterns, or a callable "
