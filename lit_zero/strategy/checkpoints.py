@@ -27,6 +27,10 @@ from lit_zero.zero.engine import Engine
 from lit_zero.zero.policy import Placement
 
 _OPTIMIZERS, _WEIGHTS = "optimizer_states", "state_dict"
+_ADVICE = (
+    "Save with trainer.save_checkpoint(path), get the weights with trainer.strategy.lightning_module_state_dict() on "
+    "all ranks, and load weights before setup (in __init__ or configure_model) or through ckpt_path."
+)
 
 
 class Checkpoints:
@@ -35,10 +39,11 @@ class Checkpoints:
     Args:
         policy: the user's choice of format for writing; both are read.
         module: the LightningModule.
+        advice: what to do instead of ``module.state_dict()``, for the message.
     """
 
-    def __init__(self, policy: Checkpoint, module: nn.Module) -> None:
-        self._policy, self._module = policy, module
+    def __init__(self, policy: Checkpoint, module: nn.Module, advice: str = _ADVICE) -> None:
+        self._policy, self._module, self._advice = policy, module, advice
         self._engine: Engine | None = None
         self._opened: sharded.ShardedCheckpoint | None = None
         self._path: Any = None
@@ -67,25 +72,39 @@ class Checkpoints:
         """Return the module's state dict: whole on rank 0 in the full format, without the sharded parameters in the
         sharded one.
         """
+        return self.rest() if self._policy.format == "sharded" else self.whole_weights()
+
+    def rest(self) -> dict[str, Any]:
+        """Return the entries of the module's state dict that are no sharded parameters: buffers, extra state."""
         engine = self.engine
-        with self._unguarded():
-            template = self._module.state_dict()
         managed = {piece.name for piece in engine.parameter_pieces()}
-        if self._policy.format == "sharded":
-            return {name: value for name, value in template.items() if engine.aliases.get(name, name) not in managed}
-        world = World()
+        return {
+            name: value for name, value in self._template().items() if engine.aliases.get(name, name) not in managed
+        }
+
+    def whole_weights(self) -> dict[str, Any]:
+        """Return the module's whole state dict on rank 0, ``{}`` on the others. All ranks must call this."""
+        engine, world, template = self.engine, World(), self._template()
         whole = full.collect(engine.parameter_pieces(), world)
         if world.rank != 0:
             return {}
         return {name: whole.get(engine.aliases.get(name, name), value) for name, value in template.items()}
 
+    def _template(self) -> dict[str, Any]:
+        with self._unguarded():
+            return self._module.state_dict()
+
     def optimizer(self, number: int) -> dict[str, Any]:
         """Return optimizer ``number``'s state dict as torch saves it: on rank 0 in the full format, empty in the
         sharded one.
         """
-        if self._policy.format == "sharded":
-            return {}
-        return full.collect_optimizer(self._parts(number), World())
+        return {} if self._policy.format == "sharded" else self.whole_optimizer(number)
+
+    def whole_optimizer(self, number: int) -> dict[str, Any]:
+        """Return optimizer ``number``'s state dict as torch saves it on rank 0, ``{}`` on the others. All ranks must
+        call this.
+        """
+        return full.collect_optimizer(self.parts(number), World())
 
     def save(self, checkpoint: dict[str, Any], path: Any) -> None:
         """Write what Lightning has put together."""
@@ -100,7 +119,7 @@ class Checkpoints:
             weights=engine.parameter_pieces(),
             others=checkpoint.get(_WEIGHTS, {}),
             aliases=engine.aliases,
-            optimizers=[self._parts(number) for number in numbers],
+            optimizers=[self.parts(number) for number in numbers],
             extras=extras,
             world=World(),
         )
@@ -109,23 +128,31 @@ class Checkpoints:
 
     def load(self, path: Any, weights_only: bool | None) -> dict[str, Any]:
         """Open a checkpoint of either format and return what Lightning wants of it."""
-        self._path, self._opened = path, None
         if not sharded.is_sharded(path):
+            self.read_from(path)
             return full.load(path, weights_only)
-        self._opened = sharded.ShardedCheckpoint(path, World(), weights_only)
-        found = {**self._opened.extras(), _WEIGHTS: {}}
-        if self._opened.header.optimizers:
-            found[_OPTIMIZERS] = [{}] * len(self._opened.header.optimizers)
+        opened = sharded.ShardedCheckpoint(path, World(), weights_only)
+        self.read_from(path, opened)
+        found = {**opened.extras(), _WEIGHTS: {}}
+        if opened.header.optimizers:
+            found[_OPTIMIZERS] = [{}] * len(opened.header.optimizers)
         return found
+
+    def read_from(self, path: Any, opened: sharded.ShardedCheckpoint | None = None) -> None:
+        """Let what is loaded next come from ``opened``, or from the dictionaries that it is given.
+
+        Args:
+            path: the checkpoint, for messages.
+            opened: the checkpoint, if it is a sharded one.
+        """
+        self._path, self._opened = path, opened
 
     def load_weights(self, checkpoint: Mapping[str, Any], strict: bool) -> None:
         """Read the parameters and buffers, now or when the engine exists."""
         if self._engine is None:
             self._waiting = (checkpoint, strict)
             return
-        engine = self._engine
-        with self._unguarded():
-            template = self._module.state_dict()
+        engine, template = self._engine, self._template()
         pieces = engine.parameter_pieces(whole_if_replicated=True)
         managed = {piece.name for piece in pieces}
         others = [name for name in template if engine.aliases.get(name, name) not in managed]
@@ -156,26 +183,37 @@ class Checkpoints:
                 f"The checkpoint '{self._path}' holds {saved} optimizers, configure_optimizers returned {mine}."
             )
         for number in range(mine):
-            binding = self.engine.bindings[number]
-            self._refuse_another_optimizer(number, checkpoint[_OPTIMIZERS][number])
-            described = self._described(number, checkpoint[_OPTIMIZERS][number])
-            binding.prepare_states(described)
-            parts = OptimizerParts(
-                self.engine.optimizer_pieces(number, described, whole_if_replicated=True), binding.groups()
-            )
-            if self._opened is not None:
-                groups = self._opened.load_optimizer(number, parts)
-            else:
-                groups = full.load_optimizer_into(
-                    parts, checkpoint[_OPTIMIZERS][number], where=self._path or _OPTIMIZERS
-                )
-            binding.load_groups(groups)
+            self.load_optimizer(number, checkpoint[_OPTIMIZERS][number], number)
 
-    def _refuse_another_optimizer(self, number: int, saved: Mapping[str, Any]) -> None:
+    def load_optimizer(self, number: int, saved: Mapping[str, Any], source: int) -> None:
+        """Read one optimizer's state and hyper-parameters.
+
+        Args:
+            number: which optimizer of this run.
+            saved: its whole state as torch saves it; not looked at where the checkpoint is a sharded one.
+            source: which optimizer of a sharded checkpoint.
+
+        Raises:
+            CheckpointError: if the checkpoint holds another optimizer, or other parameter groups.
+        """
+        binding = self.engine.bindings[number]
+        self._refuse_another_optimizer(number, saved, source)
+        described = self._described(number, saved, source)
+        binding.prepare_states(described)
+        parts = OptimizerParts(
+            self.engine.optimizer_pieces(number, described, whole_if_replicated=True), binding.groups()
+        )
+        if self._opened is not None:
+            groups = self._opened.load_optimizer(source, parts)
+        else:
+            groups = full.load_optimizer_into(parts, saved, where=self._path or _OPTIMIZERS)
+        binding.load_groups(groups)
+
+    def _refuse_another_optimizer(self, number: int, saved: Mapping[str, Any], source: int) -> None:
         """Check that the checkpoint has every number that the optimizer is steered by. Flags may be missing: torch has
         added some over time.
         """
-        groups = saved.get("param_groups", []) if self._opened is None else self._opened.param_groups(number)
+        groups = saved.get("param_groups", []) if self._opened is None else self._opened.param_groups(source)
         optimizer = self.engine.bindings[number].optimizer
         wanted = {key for key, value in optimizer.defaults.items() if value is not None and not isinstance(value, bool)}
         missing = sorted(wanted.difference(*groups)) if groups else []
@@ -185,13 +223,13 @@ class Checkpoints:
                 f"{', '.join(missing)}. Use the optimizer that wrote the checkpoint, or load only its weights."
             )
 
-    def _described(self, number: int, saved: Mapping[str, Any]) -> dict[str, Any]:
+    def _described(self, number: int, saved: Mapping[str, Any], source: int) -> dict[str, Any]:
         """Return ``{parameter: ({tensor key: dtype}, {scalar key: value})}`` of what a checkpoint holds."""
         if self._opened is not None:
-            scalars, opened = self._opened.scalars(number), self._opened
+            scalars, opened = self._opened.scalars(source), self._opened
             return {
-                name: ({key: opened.state_dtype(number, name, key) for key in keys}, scalars[name])
-                for name, keys in opened.optimizer_keys(number).items()
+                name: ({key: opened.state_dtype(source, name, key) for key in keys}, scalars[name])
+                for name, keys in opened.optimizer_keys(source).items()
                 if keys or scalars[name]
             }
         binding = self.engine.bindings[number]
@@ -213,7 +251,8 @@ class Checkpoints:
                 described[name] = (tensors, {key: value for key, value in state.items() if key not in tensors})
         return described
 
-    def _parts(self, number: int) -> OptimizerParts:
+    def parts(self, number: int) -> OptimizerParts:
+        """Return this rank's part of optimizer ``number``. All ranks must call this."""
         described = self.engine.describe_states(number, World().all_gather_object)
         return OptimizerParts(self.engine.optimizer_pieces(number, described), self.engine.bindings[number].groups())
 
@@ -231,9 +270,7 @@ class Checkpoints:
             if engine.row.parameter is Placement.SHARD or any(lane.lowered for lane in engine.lanes):
                 raise LitZeroError(
                     f"{type(module).__name__}.state_dict() and load_state_dict() would see released or 2-byte "
-                    "parameters under this strategy. Save with trainer.save_checkpoint(path), get the weights with "
-                    "trainer.strategy.lightning_module_state_dict() on all ranks, and load weights before setup (in "
-                    "__init__ or configure_model) or through ckpt_path."
+                    f"parameters under this strategy. {self._advice}"
                 )
             engine.wait_for_parameters()  # on their way since the last step: the other ranks need not be here
 

@@ -86,14 +86,25 @@ def over_shards(plugin: Precision, engine: Callable[[], Engine]) -> Precision:
     covered._engine = engine
     scaler = getattr(plugin, "scaler", None)
     if scaler is not None:
-        covered.scaler = object.__new__(_AgreeingScaler)
-        covered.scaler.__dict__.update(vars(scaler))
-        covered.scaler._engine = engine
+        covered.scaler = agreeing_scaler(scaler, engine)
     result: Precision = covered
     return result
 
 
-def lowered_dtype(plugin: Precision) -> torch.dtype | None:
+def agreeing_scaler(scaler: torch.amp.GradScaler, engine: Callable[[], Engine]) -> torch.amp.GradScaler:
+    """Return a loss scaler that goes on from ``scaler`` and on which all ranks agree.
+
+    Args:
+        scaler: the user's, or the one that Lightning has made.
+        engine: returns an engine, once there is one, whose ranks are to agree.
+    """
+    agreeing = object.__new__(_AgreeingScaler)
+    agreeing.__dict__.update(vars(scaler))
+    agreeing._engine = engine
+    return agreeing
+
+
+def lowered_dtype(plugin: Any) -> torch.dtype | None:
     """Return the 2-byte dtype of a mixed mode, ``None`` for the others."""
     modes = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
     return modes.get(str(plugin.precision))

@@ -5,30 +5,17 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Mapping
-from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, cast
 
 import torch
 
-from lit_zero.checkpoint.policy import Checkpoint
-from lit_zero.comm import process_group
 from lit_zero.comm.open import open_exchange
-from lit_zero.comm.policy import Comm
-from lit_zero.config.validate import check_cpu_processes
-from lit_zero.core.errors import ConfigError, LitZeroError, check_choice
-from lit_zero.precision.policy import Lowering, Precision
+from lit_zero.core.errors import ConfigError, LitZeroError, UnsupportedError
+from lit_zero.precision.policy import Lowering
 from lit_zero.strategy.checkpoints import Checkpoints
-from lit_zero.strategy.flavour import (
-    ParallelStrategy,
-    TrainerFn,
-    _init_dist_connection,
-    _sync_ddp_if_available,
-    fabric_rank_zero_only,
-    pl,
-    rank_zero_only,
-    reset_seed,
-)
-from lit_zero.strategy.launcher import JobLauncher, new_job
+from lit_zero.strategy.common import Common
+from lit_zero.strategy.fabric import FabricZeroStrategy
+from lit_zero.strategy.flavour import ParallelStrategy, TrainerFn, pl
 from lit_zero.strategy.precision import hold_with_skipped_steps, lowered_dtype, over_shards
 from lit_zero.strategy.refusals import (
     accumulates,
@@ -37,13 +24,13 @@ from lit_zero.strategy.refusals import (
     refuse_unsupported,
 )
 from lit_zero.zero.engine import Engine
-from lit_zero.zero.policy import Placement, Zero
 
 
-class ZeroStrategy(ParallelStrategy):
+class ZeroStrategy(Common, ParallelStrategy):
     """Trains a LightningModule with its model states sharded over the ranks; results equal those of one process.
 
     ``Trainer(strategy=ZeroStrategy("stage3"))``, or by name once lit_zero is imported: ``Trainer(strategy="zero3")``.
+    The same words work in Fabric, see :class:`~lit_zero.strategy.fabric.FabricZeroStrategy`.
 
     Args:
         zero: what is sharded: ``"none"``, ``"stage1"``, ``"stage2"``, ``"stage3"``, or a :class:`~lit_zero.zero.Zero`
@@ -67,34 +54,8 @@ class ZeroStrategy(ParallelStrategy):
         ConfigError: for a wrong setting.
     """
 
-    def __init__(
-        self,
-        zero: str | Zero = "stage2",
-        precision: Precision | None = None,
-        comm: Comm | None = None,
-        checkpoint: str | Checkpoint = "full",
-        nonfinite_loss: Literal["error", "ignore"] = "error",
-        timeout: float | timedelta = 1800.0,
-        process_group_backend: str | None = None,
-        **kwargs: Any,
-    ) -> None:
-        new_job()
-        super().__init__(**kwargs)
-        self.zero = Zero(zero) if isinstance(zero, str) else _instance("zero", zero, Zero)
-        self.precision_policy = _instance("precision", precision or Precision(), Precision)
-        self.comm = _instance("comm", comm or Comm(), Comm)
-        self.checkpoint_policy = (
-            Checkpoint(checkpoint) if isinstance(checkpoint, str) else _instance("checkpoint", checkpoint, Checkpoint)
-        )
-        check_choice("nonfinite_loss", nonfinite_loss, ("error", "ignore"))
-        self._nonfinite_loss = nonfinite_loss
-        self._timeout = _duration("timeout", timeout)
-        if process_group_backend is not None:
-            check_choice("process_group_backend", process_group_backend, ("gloo", "nccl", "cpu:gloo,cuda:nccl"))
-        self._backend = process_group_backend
-        self._num_nodes = 1
-        self._engine: Engine | None = None
-        self._checkpoints: Checkpoints | None = None
+    _engine: Engine | None = None
+    _checkpoints: Checkpoints | None = None
 
     @property
     def engine(self) -> Engine:
@@ -103,82 +64,34 @@ class ZeroStrategy(ParallelStrategy):
             raise LitZeroError("The strategy has not been set up: call trainer.fit, validate, test or predict first.")
         return self._engine
 
+    def _become_fabric(self, plugin: Any) -> None:
+        """Take a precision plugin from Fabric, and be its strategy from here on [Note: one word for Trainer and
+        Fabric].
+        """
+        if type(self) is not ZeroStrategy:
+            raise UnsupportedError(
+                f"{type(self).__name__} is a strategy for a Trainer. Derive it from lit_zero.strategy.fabric."
+                "FabricZeroStrategy to use it in Fabric."
+            )
+        given, accelerator, this = self._given, self.accelerator, cast(Any, self)
+        this.__dict__.clear()
+        this.__class__ = FabricZeroStrategy
+        this.__init__(**given)
+        this.accelerator, this.precision = accelerator, plugin
+
+    precision = property(None, _become_fabric)  # a Trainer says precision_plugin
+    _precision = None  # Fabric looks whether the strategy brings one
+
     # ---- processes
-
-    @property
-    def root_device(self) -> torch.device:
-        """This rank's device."""
-        if self.parallel_devices is None:
-            raise LitZeroError("The strategy has no devices yet: it is used outside a Trainer.")
-        return self.parallel_devices[self.local_rank]
-
-    @property
-    def num_nodes(self) -> int:
-        """Number of machines."""
-        return self._num_nodes
-
-    @num_nodes.setter
-    def num_nodes(self, num_nodes: int) -> None:
-        self._num_nodes = num_nodes
-
-    @property
-    def num_processes(self) -> int:
-        """Ranks on this machine."""
-        return len(self.parallel_devices) if self.parallel_devices is not None else 0
 
     @property
     def is_distributed(self) -> bool:
         """Tells the Trainer to divide the data over the ranks."""
         return True
 
-    @property
-    def data_parallel_size(self) -> int:
-        """Ranks over which batches are divided."""
-        return self.num_nodes * self.num_processes
-
-    @property
-    def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """Which share of the data this rank reads."""
-        return {"num_replicas": self.data_parallel_size, "rank": self.global_rank}
-
-    def _configure_launcher(self) -> None:
-        assert self.cluster_environment is not None and self.parallel_devices is not None
-        if self.parallel_devices[0].type == "cpu" and not self.cluster_environment.creates_processes_externally:
-            check_cpu_processes("devices", self.num_processes)
-        launcher: Any = JobLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
-        self._launcher = launcher
-
-    def set_world_ranks(self) -> None:
-        """Tell the cluster environment and the rank-zero helpers who this process is."""
-        if self.cluster_environment is not None:
-            self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
-            self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
-        for only in (rank_zero_only, fabric_rank_zero_only):
-            only.rank = self.global_rank  # type: ignore[attr-defined]
-
-    def setup_environment(self) -> None:
-        """Join the process group."""
-        super().setup_environment()
-        reset_seed()
-        self.set_world_ranks()
-        self._backend = self._backend or process_group.default_backend(self.root_device)
-        device = self.root_device if self.root_device.type != "cpu" else None
-        assert self.cluster_environment is not None
-        _init_dist_connection(self.cluster_environment, self._backend, timeout=self._timeout, device_id=device)
-
-    def barrier(self, *args: Any, **kwargs: Any) -> None:
-        """Return once every rank has called this."""
-        process_group.barrier(self.root_device)
-
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
-        """Return rank ``src``'s ``obj`` on every rank."""
-        return process_group.broadcast_object(obj, src)
-
     def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
         """Reduce ``tensor`` over the data-parallel ranks; anything else is returned as it is."""
-        return (
-            _sync_ddp_if_available(tensor, group, reduce_op=reduce_op) if isinstance(tensor, torch.Tensor) else tensor
-        )
+        return self._reduced(tensor, group, reduce_op)
 
     # ---- setup
 
@@ -187,7 +100,7 @@ class ZeroStrategy(ParallelStrategy):
         """Where ``configure_model`` builds: on the meta device if parameters are sharded, so that no rank ever holds
         the full model.
         """
-        if self.zero.row.over(self.data_parallel_size).parameter is Placement.SHARD and empty_init is not False:
+        if self._shards_parameters and empty_init is not False:
             with torch.device("meta"), self.precision_plugin.tensor_init_context():
                 yield
         else:
@@ -341,17 +254,3 @@ class ZeroStrategy(ParallelStrategy):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Read this rank's part of the optimizers' state."""
         self.checkpoints.load_optimizers(checkpoint)
-
-
-def _instance(key: str, value: Any, kind: type[Any]) -> Any:
-    if not isinstance(value, kind):
-        raise ConfigError(f"{key}={value!r} is not valid: expected a {kind.__name__}, got a {type(value).__name__}.")
-    return value
-
-
-def _duration(key: str, value: Any) -> timedelta:
-    if not isinstance(value, timedelta):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-            raise ConfigError(f"{key}={value!r} is not valid: expected seconds, more than 0, or a timedelta.")
-        value = timedelta(seconds=value)
-    return value

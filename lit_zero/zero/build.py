@@ -19,14 +19,14 @@ from lit_zero.zero.units import UnitPlan, cut_evenly
 
 
 def number_groups(
-    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], infos: dict[str, ParamInfo]
+    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], infos: dict[str, ParamInfo], first: int = 0
 ) -> list[tuple[torch.optim.Optimizer, list[list[str]], int]]:
-    """Give every parameter the number of its group; return each optimizer with its groups' names and first
-    number.
+    """Give every parameter the number of its group, counted from ``first``; return each optimizer with its groups'
+    names and first number.
     """
     by_param = {info.param: info for info in infos.values()}
     names_of = {param: name for name, param in model.named_parameters()}
-    grouped, first = [], 0
+    grouped = []
     for optimizer in optimizers:
         names = []
         for number, group in enumerate(optimizer.param_groups):
