@@ -87,8 +87,10 @@ class Gatherer:
                 self._start(unit)
 
     def new_forward(self) -> None:
-        """Note that what runs next does not follow what ran before."""
+        """Note that what runs next does not follow what ran before, and that what a failure has left behind is over."""
         self._last = None
+        for unit in self._units:
+            unit.armed, unit.active = False, 0
 
     def forward_begins(self, unit: Unit) -> None:
         """Bring ``unit`` for its forward and request the unit that is expected after it."""
