@@ -1,12 +1,11 @@
-"""What the engine hangs on the user's modules and parameters: what happens around a unit's forward, in its backward, and
-when a gradient is complete.
+"""What the engine hangs on the user's modules and parameters: what happens around a unit's forward, in its backward,
+and when a gradient is complete.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lit_zero.core.errors import LitZeroError
 from lit_zero.core.nested import tensors_in
-from lit_zero.zero.between import backward_is_running, when_all_known, when_reached
+from lit_zero.zero.between import backward_is_running, moment, present_backward, when_reached
 from lit_zero.zero.gathering import Gatherer
 from lit_zero.zero.lane import Lane
 from lit_zero.zero.reducing import Reducer
@@ -59,7 +58,7 @@ class Hooks:
             self._before_forward(unit, args, kwargs)
 
         def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            self._after_forward(unit, output)
+            self._after_forward(unit, args, kwargs, output)
 
         self._handles.append(unit.module.register_forward_pre_hook(before, prepend=True, with_kwargs=True))
         if unit.sharded:
@@ -68,22 +67,24 @@ class Hooks:
     def _before_forward(self, unit: Unit, args: Any, kwargs: Any) -> None:
         if backward_is_running():  # a checkpointed segment runs again, inside the backward
             unit.recomputed = True
+            if unit.sharded:
+                self._gatherer.leave_behind()
             self._gatherer.need(unit, recomputing=True)
         else:
             unit.calls += 1
-            if not unit.sharded:
+            if unit.sharded:
+                self._gatherer.forward_begins(unit)
+            else:
                 self._gatherer.need(unit)
-                return
-            self._gatherer.forward_begins(unit)
-        if unit.sharded and torch.is_grad_enabled():
-            inputs = [t for t in chain(tensors_in(args), tensors_in(kwargs)) if t.requires_grad]
-            when_all_known(inputs, partial(self._gatherer.backward_ends, unit))
+        if unit.sharded:
+            unit.began.append(moment())
 
-    def _after_forward(self, unit: Unit, output: Any) -> None:
+    def _after_forward(self, unit: Unit, args: Any, kwargs: Any, output: Any) -> None:
+        since = unit.began.pop()
         if torch.is_grad_enabled():
-            for tensor in tensors_in(output):
-                if tensor.requires_grad:
-                    when_reached(tensor, partial(self._gatherer.backward_begins, unit))
+            begins = partial(self._gatherer.backward_begins, unit, since)
+            for tensor in tensors_in((output, args, kwargs)):  # the module may have written to, or into, its inputs
+                when_reached(tensor, since, begins)
         if backward_is_running():
             self._gatherer.release(unit)
         else:
@@ -103,7 +104,8 @@ class Hooks:
                     f"The gradient of {lane.infos[index].name!r} is sparse; lit_zero reduces dense gradients. Use "
                     "nn.Embedding(..., sparse=False)."
                 )
-            if unit.sharded and not unit.brought and not unit.outer:
+            backward = present_backward()
+            if unit.sharded and unit.brought != backward and not unit.outer:
                 raise LitZeroError(
                     f"The backward of {unit.title} ran while its parameters were not there, so "
                     f"{lane.infos[index].name!r} got a wrong gradient: "

@@ -68,7 +68,7 @@ class Reducer:
         self._next = 0
         self._finished = []
         for unit in self._units:
-            unit.landed, unit.recomputed, unit.brought = 0, False, False
+            unit.landed, unit.recomputed = 0, False
         for parcel in self._order:
             parcel.done, parcel.landed = False, 0
             parcel.waiting.clear()

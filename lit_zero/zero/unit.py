@@ -104,8 +104,10 @@ class Unit:
     state: Parameters = Parameters.WHOLE
     ticket: Ticket | None = None
     active: int = 0  # forwards of the module that are running
+    began: list[int] = field(default_factory=list)  # moments at which the forwards that are running began
     armed: bool = False  # its backward is running: the parameters must stay
-    brought: bool = False  # its parameters have been brought for this backward
+    brought: int = -1  # the backward for which its parameters were last brought
+    since: int = 0  # moment at which the forward began that this backward is going through
     calls: int = 0  # forwards since the last backward
     recomputed: bool = False  # a checkpointed forward ran again in this backward
     landed: int = 0  # trainable parameters whose gradient has come in this backward

@@ -334,7 +334,7 @@ def what_stays(stage: str) -> tuple[bool, bool]:
     return seen[0]() is None, seen[1]() is None
 
 
-@pytest.mark.parametrize("stage", STAGES[:3])
+@pytest.mark.parametrize("stage", STAGES)
 def test_nothing_stays_after_detaching(ranks, stage):
     assert ranks(2).run(what_stays, stage) == [(True, True)] * 2
 
@@ -387,6 +387,6 @@ def survivors(stage: str) -> tuple[int, int]:
     return after_step, after_forward
 
 
-@pytest.mark.parametrize("stage", STAGES[:3])
+@pytest.mark.parametrize("stage", STAGES)
 def test_no_graph_outlives_its_step(ranks, stage):
     assert ranks(2).run(survivors, stage) == [(0, 0)] * 2
