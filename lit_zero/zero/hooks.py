@@ -35,6 +35,7 @@ class Hooks:
         self, units: Sequence[Unit], gatherer: Gatherer, reducer: Reducer, gradient_comes: Callable[[], None]
     ) -> None:
         self._gatherer, self._reducer, self._gradient_comes = gatherer, reducer, gradient_comes
+        self._model = units[0].module
         self._handles: list[RemovableHandle] = []
         for number, unit in enumerate(units):
             if number > 0:
@@ -66,12 +67,13 @@ class Hooks:
 
     def _before_forward(self, unit: Unit, args: Any, kwargs: Any) -> None:
         if backward_is_running():  # a checkpointed segment runs again, inside the backward
-            unit.recomputed = True
+            unit.recomputed = present_backward()
             if unit.sharded:
                 self._gatherer.leave_behind()
             self._gatherer.need(unit, recomputing=True)
         else:
-            unit.calls += 1
+            # Without gradient too, as a reentrant checkpoint has it, but not in an evaluation.
+            unit.calls += torch.is_grad_enabled() or self._model.training
             if unit.sharded:
                 self._gatherer.forward_begins(unit)
             else:
@@ -113,6 +115,7 @@ class Hooks:
                     "containers or dataclasses of "
                     "tensors from it, or keep it out of zero.units."
                 )
+            unit.reentrant |= unit.recomputed not in (-1, backward)
             if self._reducer.land(parcel, lane, index, grad):
                 if unit.landed >= unit.expected and not unit.has_frozen:
                     self._gatherer.backward_ends(unit)

@@ -109,7 +109,8 @@ class Unit:
     brought: int = -1  # the backward for which its parameters were last brought
     since: int = 0  # moment at which the forward began that this backward is going through
     calls: int = 0  # forwards since the last backward
-    recomputed: bool = False  # a checkpointed forward ran again in this backward
+    recomputed: int = -1  # the backward in which a checkpointed forward last ran again
+    reentrant: bool = False  # gradients come in backwards inside this one, from each of its calls in turn
     landed: int = 0  # trainable parameters whose gradient has come in this backward
     ahead: Unit | None = None  # the unit that ran next in the last forward
     behind: Unit | None = None  # the unit that ran before in the last forward
