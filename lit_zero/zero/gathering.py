@@ -120,7 +120,12 @@ class Gatherer:
         Args:
             unit: whose backward begins.
             since: moment at which the forward began that it goes through.
+
+        Raises:
+            LitZeroError: if the backward makes a graph of its own and the unit shares its slot.
         """
+        if torch.is_grad_enabled():
+            self._require_own_slot(unit)
         self.leave_behind()
         backward = present_backward()
         if backward not in self._backwards:
@@ -147,11 +152,21 @@ class Gatherer:
                 unit.armed = False
                 self.release(unit)
 
+    def _require_own_slot(self, unit: Unit) -> None:
+        if unit.slot is not None and unit.slot.units > 1:
+            inner = sum(other.sharded and not other.outer for other in self._units)
+            raise LitZeroError(
+                f"A backward with create_graph=True goes through {unit.title}. Whoever differentiates its result reads "
+                f"the unit's parameters again, and by then another unit has taken their slot. Set zero.slots={inner} "
+                "(a slot for every unit), or use zero.stage='stage2', where every rank keeps all parameters."
+            )
+
     def release(self, unit: Unit) -> None:
         """Let ``unit``'s slot be overwritten once nothing uses it."""
         if not unit.sharded or unit.active or unit.armed or unit.outer:
             return
-        if self._poison and unit.state is Parameters.WHOLE:
+        assert unit.slot is not None
+        if self._poison and unit.state is Parameters.WHOLE and unit.slot.units > 1:  # else it is there for good
             unit.state = Parameters.STALE
             _fill_nan(unit)
 

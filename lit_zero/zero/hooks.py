@@ -98,8 +98,8 @@ class Hooks:
         unit = parcel.unit
 
         def landed(param: torch.Tensor) -> None:
-            grad, param.grad = param.grad, None
-            assert grad is not None
+            assert param.grad is not None
+            grad, param.grad = param.grad.detach(), None  # with create_graph=True it has a graph of its own
             self._gradient_comes()
             if grad.is_sparse:
                 raise LitZeroError(

@@ -35,10 +35,12 @@ class Slot:
     Attributes:
         buffer: bytes, shape ``[bytes of the largest unit]``.
         holder: the unit whose parameters are in it or on their way.
+        units: number of units that take turns in it.
     """
 
     buffer: torch.Tensor
     holder: Unit | None = None
+    units: int = 0
 
 
 @dataclass(eq=False)
@@ -138,6 +140,7 @@ class Unit:
         again there.
         """
         self.slot = slot
+        slot.units += 1
         for lane, part in _carve(slot.buffer, [(lane, lane.numel, lane.compute_dtype) for lane in self.lanes]):
             lane.seat(part)
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lit_zero.zero import Zero
+from tests.pool import RankFailure
 from tests.zero.harness import GPT, Run, distance, momentum, one_process, tokens, with_engine
 
 STEPS = 3
@@ -245,6 +246,48 @@ def test_a_parameter_that_units_read_carries_nothing_but_its_landing(ranks):
         assert found == [1] * len(ZEROS)
 
 
+# ---- gradients of gradients
+
+
+def penalty(model: Any, batch: torch.Tensor) -> torch.Tensor:
+    """The loss, and the squared slope of every row's output at its input."""
+    loss = model.loss(batch)
+    x = model.embedding(batch[:, :-1]).detach().requires_grad_()
+    (slope,) = torch.autograd.grad(model.trunk(x).square().sum(), x, create_graph=True)
+    return loss + 1e-2 * slope.square().sum() / len(batch)
+
+
+def with_penalty(run: Run) -> dict[str, Any]:
+    zeros = {
+        "none": Zero("none"),
+        "stage1": Zero("stage1"),
+        "stage2": Zero("stage2"),
+        "stage3": Zero("stage3", slots=5),
+        "poison": Zero("stage3", slots=9, poison=True),
+    }
+    return {name: with_engine(run, zero) for name, zero in zeros.items()}
+
+
+def test_gradients_may_be_differentiated_where_every_unit_keeps_its_slot(ranks):
+    run = Run(model=Model, loss=penalty, optimizer=momentum, steps=STEPS)
+    expected = one_process(run)
+    without = one_process(run_of(Model))
+    assert distance(expected, without) > 1e-3, "the penalty shows"
+    for outcomes in ranks(2).run(with_penalty, run):
+        for name, outcome in outcomes.items():
+            assert distance(outcome, expected) < 1e-9, name
+            assert torch.equal(outcome.flat(), outcomes["none"].flat()), name
+
+
+def test_differentiating_gradients_of_units_that_take_turns_is_refused(ranks):
+    run = Run(model=Model, loss=penalty, optimizer=momentum, steps=1)
+    with pytest.raises(
+        RankFailure,
+        match=r"create_graph=True goes through 'blocks.4'.*Set zero.slots=5 .*or use zero.stage='stage2'",
+    ):
+        ranks(2).run(with_engine, run, Zero("stage3"))
+
+
 # ---- one graph, several backwards
 
 
@@ -280,12 +323,12 @@ def backwards(kind: str, zero: Zero | None) -> torch.Tensor:
 
 
 def backwards_everywhere(kind: str) -> dict[str, torch.Tensor]:
-    zeros = ZEROS
+    zeros = {"stage3": Zero("stage3", slots=5)} if kind == "with a graph" else ZEROS
     return {name: backwards(kind, zero) for name, zero in {**zeros, "stage1": Zero("stage1")}.items()}
 
 
 @pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True")
-@pytest.mark.parametrize("kind", ["twice"])
+@pytest.mark.parametrize("kind", ["twice", "with a graph"])
 def test_a_graph_may_be_gone_through_twice_or_make_a_graph(ranks, kind):
     expected = backwards(kind, None)
     for found in ranks(2).run(backwards_everywhere, kind):
