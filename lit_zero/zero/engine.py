@@ -29,7 +29,7 @@ from lit_zero.core.errors import LitZeroError
 from lit_zero.core.piece import ParamState, Piece
 from lit_zero.precision.policy import Lowering
 from lit_zero.zero.agreeing import Reach, SharedBuffers
-from lit_zero.zero.between import backward_is_running
+from lit_zero.zero.between import backward_is_running, when_over
 from lit_zero.zero.binding import Binding, require_elementwise
 from lit_zero.zero.build import build_unit, fill_lanes, number_groups
 from lit_zero.zero.gathering import Gatherer
@@ -77,6 +77,7 @@ class Engine:
         self.row = zero.row.over(exchange.size)
         lowering = lowering or Lowering()
         self._handles: list[RemovableHandle] = []
+        self._unannounced = False  # the present backward was begun by its first gradient
         plans = plan_units(model, zero.units, lowering)
         infos = {info.name: info for plan in plans for info in plan.infos}
         for info in infos.values():
@@ -162,6 +163,8 @@ class Engine:
         """
         if backward_is_running():
             return
+        if self._unannounced:  # it has failed: what ends a backward that nobody announced does not come any more
+            self._in_backward = self._unannounced = False
         self._gatherer.new_forward()
         self._gatherer.need(self.root)
         if share_buffers:
@@ -206,7 +209,12 @@ class Engine:
     def _gradient_comes(self) -> None:
         if not self._in_backward:  # the user called loss.backward() without us
             self.begin_backward()
-            torch.autograd.Variable._execution_engine.queue_callback(self.end_backward)
+            self._unannounced = True
+            when_over(self._end_unannounced)
+
+    def _end_unannounced(self) -> None:
+        self._unannounced = False
+        self.end_backward()
 
     # ---- step
 
