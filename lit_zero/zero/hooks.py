@@ -83,6 +83,8 @@ class Hooks:
 
     def _after_forward(self, unit: Unit, args: Any, kwargs: Any, output: Any) -> None:
         since = unit.began.pop()
+        if not unit.outer:
+            _refuse_parameters(unit, output)
         if torch.is_grad_enabled():
             begins = partial(self._gatherer.backward_begins, unit, since)
             for tensor in tensors_in((output, args, kwargs)):  # the module may have written to, or into, its inputs
@@ -122,3 +124,16 @@ class Hooks:
                 self._reducer.complete(parcel)
 
         return landed
+
+
+def _refuse_parameters(unit: Unit, output: Any) -> None:
+    """Raise if a parameter leaves a unit whose slot is given to another one."""
+    names = {id(info.param): info.name for lane in unit.lanes for info in lane.infos}
+    for tensor in tensors_in(output):
+        name = names.get(id(tensor)) or names.get(id(tensor._base))
+        if name is not None:
+            raise LitZeroError(
+                f"Unit {unit.title} returns its parameter {name!r} or a view of it. Parameters are sharded here, and "
+                "the memory behind it goes to another unit now that this one's forward is over. Return a copy "
+                "(.clone()), or keep the module out of zero.units."
+            )

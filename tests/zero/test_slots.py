@@ -246,6 +246,37 @@ def test_a_parameter_that_units_read_carries_nothing_but_its_landing(ranks):
         assert found == [1] * len(ZEROS)
 
 
+class Returning(Part):
+    """Returns its own weight beside its result."""
+
+    def forward(self, x: torch.Tensor, context: Any = 0.0) -> Any:
+        return super().forward(x, context), self.key.weight.t()
+
+
+class Escaping(Model):
+    """A weight leaves its block, and with it the time in which it may be read."""
+
+    part = Returning
+
+    def trunk(self, x: torch.Tensor) -> torch.Tensor:
+        weights = []
+        for block in self.blocks:
+            x, weight = block(x)
+            weights.append(weight)
+        return x @ sum(weights)
+
+
+def test_a_unit_that_returns_its_parameter_is_refused_where_others_take_its_place(ranks):
+    with pytest.raises(
+        RankFailure,
+        match=r"'blocks.0' returns its parameter 'blocks.0.key.weight' or a view of it.*Return a copy \(\.clone\(\)\)",
+    ):
+        ranks(2).run(with_engine, run_of(Escaping), Zero("stage3"))
+    expected = one_process(run_of(Escaping))
+    for outcome in ranks(2).run(with_engine, run_of(Escaping), Zero("stage2")):
+        assert distance(outcome, expected) < 1e-9
+
+
 # ---- gradients of gradients
 
 
