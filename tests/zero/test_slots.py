@@ -202,7 +202,6 @@ MODELS = [
 ZEROS = {
     "none": Zero("none"),
     "stage2": Zero("stage2"),
-    "stage3": Zero("stage3"),
     "1 slot": Zero("stage3", slots=1, poison=True),
     "2 slots": Zero("stage3", slots=2, poison=True),
 }

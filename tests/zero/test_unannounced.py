@@ -85,7 +85,7 @@ def in_all_stages(kind: type[Chain], failing: int) -> list[Any]:
     return [trained(kind, stage, failing) for stage in STAGES]
 
 
-@pytest.mark.parametrize("failing", [-1, 0, 2])
+@pytest.mark.parametrize("failing", [-1, 1])
 @pytest.mark.parametrize("kind", [Chain, Checkpointed, Reentrant], ids=lambda kind: kind.__name__)
 def test_a_backward_that_nobody_announced_is_reduced(ranks, kind, failing):
     expected = trained(kind, None, failing)
