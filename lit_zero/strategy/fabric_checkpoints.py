@@ -213,9 +213,10 @@ def load(path: Any, state: Any, strict: bool, weights_only: bool | None, managed
     if isinstance(state, nn.Module | Optimizer):
         source.load_alone(state, managed, strict)
         return {}
-    _validate_keys_for_strict_loading(state.keys(), source.keys(), strict=strict)
+    names = source.names()
+    _validate_keys_for_strict_loading(state.keys(), names, strict=strict)
     for key, value in list(state.items()):
-        if key not in source.keys():
+        if key not in names:
             continue
         each, bound = managed.find(value), managed.find_optimizer(value)
         if each is not None:
@@ -248,7 +249,7 @@ class _Full:
 
     remainder = everything  # what is loaded is taken out
 
-    def keys(self) -> set[str]:
+    def names(self) -> set[str]:
         """Return the keys that have not been taken."""
         if not isinstance(self._content, dict):
             raise CheckpointError(f"'{self.path}' holds a {type(self._content).__name__}, a dict was expected.")
@@ -307,7 +308,7 @@ class _Sharded:
         """Return what has not been taken."""
         return self._extras
 
-    def keys(self) -> set[str]:
+    def names(self) -> set[str]:
         """Return all keys."""
         return self._keys
 

@@ -19,6 +19,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+UNTRACED = "lit_zero brings and releases parameters between units"  # the reason that torch.compile tells
+
 
 class Handle(Protocol):
     """What undoes something."""
@@ -37,39 +39,40 @@ class _Unwrap:
 
 
 def around_forward(
-    module: nn.Module, before: Callable[[Any, Any], None], after: Callable[[Any], None] | None
+    module: nn.Module, before: Callable[[Any, Any], None], after: Callable[[Any, Any, Any], None] | None
 ) -> list[Handle]:
     """Call ``before`` and ``after`` around every forward of ``module``, outside of what is compiled.
 
     Args:
         module: any module.
         before: called with args and kwargs, before the user's hooks.
-        after: called with the output, after the user's hooks; ``None`` for nothing.
+        after: called with args, kwargs and the output, after the user's hooks; ``None`` for nothing.
 
     Returns:
         What undoes it.
     """
-    reason = "lit_zero brings and releases parameters between units"
-    before = torch.compiler.disable(before, reason=reason)
-    after = after and torch.compiler.disable(after, reason=reason)
+    before = torch.compiler.disable(before, reason=UNTRACED)
+    after = after and torch.compiler.disable(after, reason=UNTRACED)
     compiled = module._compiled_call_impl
     if compiled is None:
 
         def pre_hook(_: nn.Module, args: Any, kwargs: Any) -> None:
             before(args, kwargs)
 
-        def hook(_: nn.Module, args: Any, output: Any) -> None:
+        def hook(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             assert after is not None
-            after(output)
+            after(args, kwargs, output)
 
         handles: list[Handle] = [module.register_forward_pre_hook(pre_hook, prepend=True, with_kwargs=True)]
-        return [*handles, module.register_forward_hook(hook)] if after is not None else handles
+        if after is not None:
+            handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        return handles
 
     def call(*args: Any, **kwargs: Any) -> Any:
         before(args, kwargs)
         output = compiled(*args, **kwargs)
         if after is not None:
-            after(output)
+            after(args, kwargs, output)
         return output
 
     module._compiled_call_impl = call

@@ -32,6 +32,7 @@ from lit_zero.zero.agreeing import Reach, SharedBuffers
 from lit_zero.zero.between import backward_is_running, when_over
 from lit_zero.zero.binding import Binding, require_elementwise
 from lit_zero.zero.build import build_unit, fill_lanes, number_groups
+from lit_zero.zero.calls import UNTRACED
 from lit_zero.zero.gathering import Gatherer
 from lit_zero.zero.hooks import Hooks
 from lit_zero.zero.lane import Lane, storage_bytes
@@ -93,7 +94,7 @@ class Engine:
         self._gatherer = Gatherer(self.units, exchange, zero.slots or 2, self.device, zero.poison)
         self._reducer = Reducer(self.units, exchange, self.device)
         trainable = [lane for lane in self.lanes if lane.trainable]
-        self.bindings = [self._bind(optimizer, names, first, trainable) for optimizer, names, first in grouped]
+        self.bindings = [self.bind(optimizer, names, first, trainable) for optimizer, names, first in grouped]
         self._in_backward = False
         self._reach = Reach(trainable, exchange, self.device)
         self._buffers = SharedBuffers(model, exchange, self.device)
@@ -103,7 +104,8 @@ class Engine:
 
     # ---- construction
 
-    def _bind(self, optimizer: torch.optim.Optimizer, names: list[list[str]], first: int, lanes: list[Lane]) -> Binding:
+    def bind(self, optimizer: torch.optim.Optimizer, names: list[list[str]], first: int, lanes: list[Lane]) -> Binding:
+        """Point an optimizer at master shards; for ``late.add_optimizer``, see :class:`Binding` for the arguments."""
         shaped = False
         try:
             require_elementwise(optimizer)
@@ -115,6 +117,7 @@ class Engine:
         self._handles.append(optimizer.register_step_post_hook(lambda *_: self._stepped(binding)))
         return binding
 
+    @torch.compiler.disable(reason=UNTRACED)
     def _before_model(self, *_: Any) -> None:
         self.begin_forward(share_buffers=torch.is_grad_enabled())  # one rank may sample from the model by itself
 

@@ -35,15 +35,18 @@ class Parted(GPT):
 
 
 def one_adamw(model: nn.Module) -> list[torch.optim.Optimizer]:
-    """One optimizer with two groups."""
-    return [adamw(model)]
+    """One optimizer with two groups, and an ``eps`` that takes elements out whose true gradient is zero."""
+    optimizer = adamw(model)
+    for group in optimizer.param_groups:
+        group["eps"] = 1e-3
+    return [optimizer]
 
 
 def two(model: nn.Module) -> list[torch.optim.Optimizer]:
     """Two optimizers of different kinds, which share no parameter but units."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
-    return [torch.optim.AdamW(matrices, lr=1e-2), torch.optim.SGD(vectors, lr=0.1, momentum=0.9)]
+    return [torch.optim.AdamW(matrices, lr=1e-2, eps=1e-3), torch.optim.SGD(vectors, lr=0.1, momentum=0.9)]
 
 
 @dataclass

@@ -30,7 +30,7 @@ def in_every_stage(loop: Loop, devices: int = 2, **zero: Any) -> list[Loop]:
 LOOPS = {
     "plain": Loop(),
     "norm": Loop(clip={"max_norm": 0.3}),
-    "largest element": Loop(clip={"max_norm": 0.05, "norm_type": "inf"}),
+    "largest element": Loop(clip={"max_norm": 0.05, "norm_type": "inf"}, optimizers=two),
     "value": Loop(clip={"clip_val": 0.01}),
     "accumulation": Loop(micro_batches=3, clip={"max_norm": 0.3}),
     "two optimizers": Loop(optimizers=two, clip={"max_norm": 0.3}),
@@ -45,7 +45,8 @@ def test_equal_to_one_process(ranks, name):
     together = ranks(2).run(train_all, in_every_stage(LOOPS[name]))
     for each, other in zip(*together, strict=True):
         assert distance(each.weights, alone.weights) < 1e-9
-        assert each.losses == other.losses == pytest.approx(alone.losses, rel=1e-9)
+        # Fabric turns what a module returns into fp32, whatever the module computes in.
+        assert each.losses == other.losses == pytest.approx(alone.losses, rel=1e-6)
         assert each.norms == other.norms == pytest.approx(alone.norms, rel=1e-9)
         assert other.weights == {}
         if LOOPS[name].micro_batches == 1:  # else stages add up in different orders, see ``accumulate``
@@ -234,7 +235,7 @@ def other_methods(loop: Loop) -> tuple[Any, ...]:
 def test_marked_methods_and_evaluation(ranks):
     for stage in STAGES:
         for loss, evaluated in ranks(2).run(other_methods, Loop({"zero": stage}, 2)):
-            assert loss == evaluated
+            assert loss == pytest.approx(evaluated, rel=1e-6)  # ``forward`` gives fp32 where ``loss`` computes in fp64
 
 
 def collectives(loop: Loop) -> dict[str, Any]:
