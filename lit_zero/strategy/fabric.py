@@ -68,7 +68,7 @@ class FabricZeroStrategy(Common, fabric_strategies.ParallelStrategy):
 
     def engine(self, module: nn.Module) -> Engine:
         """Return the engine of a module that was set up; the module itself or what Fabric made of it."""
-        return self._managed.of(getattr(module, "_forward_module", module)).engine
+        return self._managed.of(module).engine
 
     # ---- what Fabric's connector sets
 

@@ -76,11 +76,14 @@ class Managed:
         return self._modules[0]
 
     def find(self, module: Any) -> ManagedModule | None:
-        """Return a module by itself or by its door, ``None`` if it is not managed."""
+        """Return a module by itself, its door, or what Fabric made of it; ``None`` if it is not managed."""
+        for wrapper in ("_forward_module", "_orig_mod"):  # Fabric's, and inside it torch.compile's
+            if isinstance(module, nn.Module):
+                module = getattr(module, wrapper, module)
         return next((each for each in self._modules if module is each or module is each.module), None)
 
     def of(self, module: Any) -> ManagedModule:
-        """Return a module by itself or by its door.
+        """Return a module by itself, its door, or what Fabric made of it.
 
         Raises:
             LitZeroError: if Fabric has not set it up.

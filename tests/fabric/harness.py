@@ -173,7 +173,7 @@ def loss_of(model: Any, tokens: torch.Tensor) -> torch.Tensor:
 
 def whole(fabric: Fabric, model: Any) -> dict[str, torch.Tensor]:
     """Return the whole state dict, on rank 0."""
-    state = fabric.strategy.get_module_state_dict(model._forward_module)
+    state = fabric.strategy.get_module_state_dict(model)
     return {name: value.clone() for name, value in state.items()}
 
 

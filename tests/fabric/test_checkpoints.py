@@ -184,7 +184,7 @@ def parts(loop: Loop, folder: Path) -> dict[str, Any]:
     momenta = [fabric.strategy.get_optimizer_state(each.optimizer) for each in (optimizers[1], targets[1])]
     empty = fabric.strategy.get_optimizer_state(targets[0].optimizer)
     raw, _ = set_up(fabric, replace(loop, model=other_weights(loop.model)))
-    weights = fabric.strategy.get_module_state_dict(model._forward_module)
+    weights = fabric.strategy.get_module_state_dict(model)
     if fabric.is_global_zero:
         torch.save(weights, folder / "raw.pt")
         torch.save(momenta[0], folder / "momenta.pt")

@@ -43,7 +43,7 @@ SCRIPT = """
                 raise ValueError(f"rank {fabric.global_rank} alone finds a mistake")
             optimizer.step()
             optimizer.zero_grad()
-        weights = fabric.strategy.get_module_state_dict(model._forward_module)
+        weights = fabric.strategy.get_module_state_dict(model)
         seen = {
             "world": fabric.world_size,
             "weights": {name: value.tolist() for name, value in weights.items()},
