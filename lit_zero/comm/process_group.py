@@ -24,6 +24,13 @@ def destroy() -> None:
         dist.destroy_process_group()
 
 
+def leave(*groups: dist.ProcessGroup) -> None:
+    """Give up groups that this process has opened; they are gone already once the default group has been left."""
+    for group in groups:
+        if is_initialized():
+            dist.destroy_process_group(group)
+
+
 def broadcast_object(value: Any, source: int = 0) -> Any:
     """Return rank ``source``'s ``value`` (any picklable object) on every rank."""
     if not is_initialized():

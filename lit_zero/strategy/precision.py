@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lit_zero.core.errors import UnsupportedError
+from lit_zero.core.errors import LitZeroError, UnsupportedError
 from lit_zero.strategy.flavour import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 from lit_zero.zero.engine import Engine
 
@@ -24,18 +24,29 @@ class _OnShards:
     """
 
     _engine: Callable[[], Engine]
+    _strict = False  # a norm that is not finite is an error
+
+    def _refuse_norm(self, norm: torch.Tensor) -> bool:
+        # With a loss scaler, an infinite norm is the sign on which the step is skipped.
+        return self._strict and getattr(self, "scaler", None) is None and not bool(norm.isfinite())
 
     def backward(self, tensor: torch.Tensor, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         engine = self._engine()
-        engine.begin_backward()
+        engine.begin_backward(tensor)
         super().backward(tensor, model, optimizer, *args, **kwargs)  # type: ignore[misc]
         engine.end_backward()
 
     def clip_grad_by_norm(self, optimizer: Any, clip_val: float) -> None:
-        self._engine().clip_grad_norm(clip_val)
+        engine = self._engine()
+        norm = engine.clip_grad_norm(clip_val, optimizer=bare(optimizer))
+        if self._refuse_norm(norm):
+            raise LitZeroError(
+                f"The gradient norm is {norm.item()} and cannot be clipped to {clip_val}. No weight has been changed "
+                "by it. Set nonfinite_norm='ignore' in ZeroStrategy to train on."
+            )
 
     def clip_grad_by_value(self, optimizer: Any, clip_val: float) -> None:
-        self._engine().clip_grad_value(clip_val)
+        self._engine().clip_grad_value(clip_val, optimizer=bare(optimizer))
 
 
 class _AgreeingScaler(torch.amp.GradScaler):
@@ -60,18 +71,19 @@ class _AgreeingScaler(torch.amp.GradScaler):
         return {flag.device: flag}
 
 
-def over_shards(plugin: Precision, engine: Callable[[], Engine]) -> Precision:
+def over_shards(plugin: Precision, engine: Callable[[], Engine], strict: bool) -> Precision:
     """Return ``plugin`` with gradients taken from the engine.
 
     Args:
         plugin: what Lightning made of ``Trainer(precision=...)`` or ``Trainer(plugins=...)``.
         engine: returns the engine once it exists.
+        strict: a gradient norm that is to be clipped and is not finite is an error.
 
     Raises:
         UnsupportedError: for a plugin that replaces the model's layers.
     """
     if isinstance(plugin, _OnShards):
-        plugin._engine = engine
+        plugin._engine, plugin._strict = engine, strict
         return plugin
     base = type(plugin)
     if not any(base is known or (issubclass(base, known) and known is not Precision) for known in _KNOWN):
@@ -83,7 +95,7 @@ def over_shards(plugin: Precision, engine: Callable[[], Engine]) -> Precision:
     kind = type(base.__name__, (_OnShards, base), {"__qualname__": base.__qualname__, "__module__": base.__module__})
     covered: Any = object.__new__(kind)
     covered.__dict__.update(vars(plugin))
-    covered._engine = engine
+    covered._engine, covered._strict = engine, strict
     scaler = getattr(plugin, "scaler", None)
     if scaler is not None:
         covered.scaler = object.__new__(_AgreeingScaler)
@@ -91,6 +103,12 @@ def over_shards(plugin: Precision, engine: Callable[[], Engine]) -> Precision:
         covered.scaler._engine = engine
     result: Precision = covered
     return result
+
+
+def bare(optimizer: Any) -> torch.optim.Optimizer:
+    """Return an optimizer without Lightning's wrapper."""
+    inner: torch.optim.Optimizer = getattr(optimizer, "_optimizer", optimizer)
+    return inner
 
 
 def lowered_dtype(plugin: Precision) -> torch.dtype | None:

@@ -9,24 +9,18 @@ import torch
 from torch import nn
 
 from lit_zero.core.errors import UnsupportedError
-from lit_zero.strategy.flavour import TorchCheckpointIO, pl
+from lit_zero.strategy.flavour import TorchCheckpointIO
 
 # They copy the whole module, or write to single parameters, in ways that shards do not see.
-_CALLBACKS = ("StochasticWeightAveraging", "WeightAveraging", "ModelPruning", "BaseFinetuning")
+_CALLBACKS = ("StochasticWeightAveraging", "WeightAveraging", "ModelPruning")
 
 
-def refuse_unsupported(trainer: Any, module: pl.LightningModule) -> None:
-    """Check a Trainer and its module for what ZeroStrategy cannot train.
+def refuse_unsupported(trainer: Any) -> None:
+    """Check a Trainer for what ZeroStrategy cannot train with.
 
     Raises:
         UnsupportedError: naming the feature and what to use instead.
     """
-    if not module.automatic_optimization:
-        raise UnsupportedError(
-            f"{type(module).__name__} uses manual optimization (automatic_optimization=False), which ZeroStrategy "
-            "does not support yet. "
-            "Use automatic optimization, or strategy='ddp'."
-        )
     plugin = trainer.strategy.checkpoint_io
     if type(plugin) is not TorchCheckpointIO:
         raise UnsupportedError(
@@ -35,7 +29,7 @@ def refuse_unsupported(trainer: Any, module: pl.LightningModule) -> None:
         )
     for callback in trainer.callbacks:
         for name in _CALLBACKS:
-            if _is_a(callback, name):
+            if is_a(callback, name):
                 raise UnsupportedError(
                     f"The callback {type(callback).__name__} does not work with ZeroStrategy yet: it works on whole "
                     "parameters. Remove it, or use strategy='ddp'."
@@ -73,12 +67,6 @@ def refuse_tensors_without_memory(module: nn.Module) -> None:
                 )
 
 
-def accumulates(trainer: Any) -> bool:
-    """Return whether, at some time, several micro-batches make a step."""
-    scheduled = any(_is_a(callback, "GradientAccumulationScheduler") for callback in trainer.callbacks)
-    return scheduled or trainer.accumulate_grad_batches > 1
-
-
-def _is_a(callback: Any, name: str) -> bool:
+def is_a(callback: Any, name: str) -> bool:
     """Return whether ``callback`` is of the class ``name``, of whichever Lightning."""
     return any(kind.__name__ == name for kind in type(callback).__mro__)

@@ -17,7 +17,9 @@ from lit_zero.comm.policy import Comm
 from lit_zero.config.validate import check_cpu_processes
 from lit_zero.core.errors import ConfigError, LitZeroError, check_choice
 from lit_zero.precision.policy import Lowering, Precision
+from lit_zero.strategy.arguments import duration, instance
 from lit_zero.strategy.checkpoints import Checkpoints
+from lit_zero.strategy.finetuning import name_groups
 from lit_zero.strategy.flavour import (
     ParallelStrategy,
     TrainerFn,
@@ -29,13 +31,14 @@ from lit_zero.strategy.flavour import (
     reset_seed,
 )
 from lit_zero.strategy.launcher import JobLauncher, new_job
-from lit_zero.strategy.precision import hold_with_skipped_steps, lowered_dtype, over_shards
+from lit_zero.strategy.manual import toggle_parameters, untouched
+from lit_zero.strategy.precision import bare, hold_with_skipped_steps, lowered_dtype, over_shards
 from lit_zero.strategy.refusals import (
-    accumulates,
     refuse_no_optimizer,
     refuse_tensors_without_memory,
     refuse_unsupported,
 )
+from lit_zero.zero.access import Access
 from lit_zero.zero.engine import Engine
 from lit_zero.zero.policy import Placement, Zero
 
@@ -54,6 +57,8 @@ class ZeroStrategy(ParallelStrategy):
             read.
         nonfinite_loss: ``"error"``: a loss that is NaN or infinite ends the run before it can reach a weight (not in
             ``16-mixed``, where the loss scaler skips the step). ``"ignore"``: train on, as Lightning does.
+        nonfinite_norm: ``"error"``: a gradient norm that is to be clipped and is NaN or infinite ends the run before it
+            reaches a weight (not in ``16-mixed``). ``"ignore"``: clip with it, as torch does by default.
         timeout: seconds, or a timedelta, that a collective waits for a rank that does not come.
         process_group_backend: ``"gloo"``, ``"nccl"`` or ``"cpu:gloo,cuda:nccl"``; by default what serves the device.
         kwargs: what Lightning passes to every parallel strategy (``accelerator``, ``parallel_devices``,
@@ -74,21 +79,23 @@ class ZeroStrategy(ParallelStrategy):
         comm: Comm | None = None,
         checkpoint: str | Checkpoint = "full",
         nonfinite_loss: Literal["error", "ignore"] = "error",
+        nonfinite_norm: Literal["error", "ignore"] = "error",
         timeout: float | timedelta = 1800.0,
         process_group_backend: str | None = None,
         **kwargs: Any,
     ) -> None:
         new_job()
         super().__init__(**kwargs)
-        self.zero = Zero(zero) if isinstance(zero, str) else _instance("zero", zero, Zero)
-        self.precision_policy = _instance("precision", precision or Precision(), Precision)
-        self.comm = _instance("comm", comm or Comm(), Comm)
+        self.zero = Zero(zero) if isinstance(zero, str) else instance("zero", zero, Zero)
+        self.precision_policy = instance("precision", precision or Precision(), Precision)
+        self.comm = instance("comm", comm or Comm(), Comm)
         self.checkpoint_policy = (
-            Checkpoint(checkpoint) if isinstance(checkpoint, str) else _instance("checkpoint", checkpoint, Checkpoint)
+            Checkpoint(checkpoint) if isinstance(checkpoint, str) else instance("checkpoint", checkpoint, Checkpoint)
         )
         check_choice("nonfinite_loss", nonfinite_loss, ("error", "ignore"))
-        self._nonfinite_loss = nonfinite_loss
-        self._timeout = _duration("timeout", timeout)
+        check_choice("nonfinite_norm", nonfinite_norm, ("error", "ignore"))
+        self._nonfinite_loss, self._nonfinite_norm = nonfinite_loss, nonfinite_norm
+        self._timeout = duration("timeout", timeout)
         if process_group_backend is not None:
             check_choice("process_group_backend", process_group_backend, ("gloo", "nccl", "cpu:gloo,cuda:nccl"))
         self._backend = process_group_backend
@@ -213,10 +220,10 @@ class ZeroStrategy(ParallelStrategy):
         self.accelerator.setup(trainer)
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting:
-            refuse_unsupported(trainer, self.lightning_module)
+            refuse_unsupported(trainer)
             if self._layer_sync is not None:
                 self.model = self._layer_sync.apply(self.lightning_module)
-        self.precision_plugin = over_shards(self.precision_plugin, lambda: self.engine)
+        self.precision_plugin = over_shards(self.precision_plugin, lambda: self.engine, self._nonfinite_norm == "error")
         if self._engine is None or fitting:
             self._build_engine(trainer, fitting)
         self.model_to_device()
@@ -236,7 +243,7 @@ class ZeroStrategy(ParallelStrategy):
             for config in self.lr_scheduler_configs:
                 if config.interval == "step":
                     hold_with_skipped_steps(config.scheduler, self.precision_plugin)
-        lowering = Lowering(self.precision_policy, lowered_dtype(self.precision_plugin), accumulates(trainer))
+        lowering = Lowering(self.precision_policy, lowered_dtype(self.precision_plugin))
         self._engine = Engine(
             module,
             self.optimizers if fitting else (),
@@ -245,7 +252,11 @@ class ZeroStrategy(ParallelStrategy):
             device=self.root_device,
             lowering=lowering,
             training=fitting,
+            keep_gradients=fitting and not module.automatic_optimization,
         )
+        if fitting:
+            toggle_parameters(module, lambda: self.engine)
+            name_groups(trainer, lambda: self.engine)
 
     def on_train_end(self) -> None:
         """Bring replicated parameters up to date, so that each rank may use the module on its own after ``fit``."""
@@ -256,6 +267,8 @@ class ZeroStrategy(ParallelStrategy):
         ``fit``.
         """
         assert self.cluster_environment is not None and self.accelerator is not None
+        if self.lightning_module is not None:
+            untouched(self.lightning_module)
         self.cluster_environment.teardown()
         self.precision_plugin.teardown()
         self.accelerator.teardown()
@@ -263,24 +276,37 @@ class ZeroStrategy(ParallelStrategy):
 
     # ---- steps
 
+    def on_validation_start(self) -> None:
+        """Let rank 0's buffers (batch statistics) stand for all."""
+        self.engine.buffers.share()
+
+    def on_test_start(self) -> None:
+        """Let rank 0's buffers stand for all."""
+        self.engine.buffers.share()
+
+    def on_predict_start(self) -> None:
+        """Let rank 0's buffers stand for all."""
+        self.engine.buffers.share()
+
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the user's ``training_step``."""
+        self.engine.follow_groups()
         self.engine.begin_forward()
         return super().training_step(*args, **kwargs)
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the user's ``validation_step``."""
-        self.engine.begin_forward()
+        self.engine.begin_forward(share_buffers=False)
         return super().validation_step(*args, **kwargs)
 
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the user's ``test_step``."""
-        self.engine.begin_forward()
+        self.engine.begin_forward(share_buffers=False)
         return super().test_step(*args, **kwargs)
 
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the user's ``predict_step``."""
-        self.engine.begin_forward()
+        self.engine.begin_forward(share_buffers=False)
         return super().predict_step(*args, **kwargs)
 
     def pre_backward(self, closure_loss: torch.Tensor) -> None:
@@ -303,6 +329,26 @@ class ZeroStrategy(ParallelStrategy):
         with self.engine.no_reduce():
             yield
 
+    # ---- whole parameters
+
+    @property
+    def full(self) -> Access:
+        """Reads and writes the full value, gradient and optimizer state of single parameters, in every stage:
+        ``trainer.strategy.full.gradient("model.head.weight")``. All ranks must call it.
+        """
+        return Access(self.engine)
+
+    def gradient_norm(self, norm_type: float = 2.0, optimizer: Any | None = None) -> torch.Tensor:
+        """Return the norm of the gradients as they are, over all parameters and ranks; the same number in every stage.
+        All ranks must call this, after a backward and, for the norm before clipping, no later than
+        ``on_before_optimizer_step``.
+
+        Args:
+            norm_type: 2, another power, or infinity for the largest element.
+            optimizer: whose parameters; ``None``: all.
+        """
+        return self.engine.grad_norm(norm_type, None if optimizer is None else bare(optimizer))
+
     # ---- checkpoints
 
     @property
@@ -318,8 +364,8 @@ class ZeroStrategy(ParallelStrategy):
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         """Return an optimizer's state dict as one process would have it, on rank 0. All ranks must call this."""
-        bare = getattr(optimizer, "_optimizer", optimizer)  # out of Lightning's wrapper
-        return self.checkpoints.optimizer(next(i for i, b in enumerate(self.engine.bindings) if b.optimizer is bare))
+        (binding,) = self.engine.bindings_of(bare(optimizer))
+        return self.checkpoints.optimizer(self.engine.bindings.index(binding))
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """Write a checkpoint. All ranks must call this."""
@@ -340,18 +386,5 @@ class ZeroStrategy(ParallelStrategy):
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Read this rank's part of the optimizers' state."""
+        self.engine.follow_groups()  # a finetuning callback may have put those of the checkpoint in place
         self.checkpoints.load_optimizers(checkpoint)
-
-
-def _instance(key: str, value: Any, kind: type[Any]) -> Any:
-    if not isinstance(value, kind):
-        raise ConfigError(f"{key}={value!r} is not valid: expected a {kind.__name__}, got a {type(value).__name__}.")
-    return value
-
-
-def _duration(key: str, value: Any) -> timedelta:
-    if not isinstance(value, timedelta):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-            raise ConfigError(f"{key}={value!r} is not valid: expected seconds, more than 0, or a timedelta.")
-        value = timedelta(seconds=value)
-    return value

@@ -1,5 +1,5 @@
-"""What the engine hangs on the user's modules and parameters: what happens around a unit's forward, in its backward, and
-when a gradient is complete.
+"""What the engine hangs on the user's modules and parameters: what happens around a unit's forward, in its backward,
+and when a gradient is complete.
 """
 
 from __future__ import annotations
