@@ -105,14 +105,18 @@ class DirectExchange(Exchange):
         return self._everyones(value).amax(0)
 
     def broadcast(self, value: torch.Tensor) -> None:
+        wire = value.contiguous()  # what is sent and received into must lie in one piece
+
         def job() -> None:
             if self.rank == 0:
-                works = [dist.isend(value, group=self._group, group_dst=peer) for peer in self._peers]
+                works = [dist.isend(wire, group=self._group, group_dst=peer) for peer in self._peers]
             else:
-                works = [dist.irecv(value, group=self._group, group_src=0)]
+                works = [dist.irecv(wire, group=self._group, group_src=0)]
             _wait(works)
 
         self._submit(job).wait()
+        if wire is not value:
+            value.copy_(wire)
 
     def zeros(self, numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         if not self._near or self._arena is None:

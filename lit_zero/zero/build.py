@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from lit_zero.comm.exchange import Exchange
+from lit_zero.comm.exchange import Exchange, Gather
 from lit_zero.core.errors import LitZeroError, UnsupportedError
 from lit_zero.precision.policy import Lowering
 from lit_zero.zero.lane import Lane, ParamInfo
 from lit_zero.zero.materialize import materialize, on_meta
 from lit_zero.zero.policy import Placement, Row
+from lit_zero.zero.unit import Parameters, Unit
 from lit_zero.zero.units import cut_evenly
 
 
@@ -129,3 +130,17 @@ def fill_lanes(model: nn.Module, lanes: Sequence[Lane], exchange: Exchange, devi
             lane.seat(lane.full)
         for info in lane.infos:
             info.param.grad = None
+
+
+def empty(unit: Unit, exchange: Exchange) -> None:
+    """Give the parameters of ``unit``, which are whole now, memory of their own. All ranks together."""
+    for lane in unit.lanes:
+        if lane.lowered:  # what the module holds is a 2-byte copy: give the masters back, not their rounding
+            full = torch.empty(lane.numel, dtype=lane.master_dtype, device=lane.device)
+            exchange.all_gather([Gather(full, lane.own_master())]).wait()
+            lane.seat(full)
+        elif unit.sharded:
+            for info in lane.infos:
+                info.param.data = info.param.data.clone()
+    if unit.sharded:
+        unit.state = Parameters.STALE

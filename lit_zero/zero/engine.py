@@ -24,14 +24,14 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from lit_zero.comm.exchange import Exchange, Gather
+from lit_zero.comm.exchange import Exchange
 from lit_zero.core.errors import LitZeroError
 from lit_zero.core.piece import ParamState, Piece
 from lit_zero.precision.policy import Lowering
 from lit_zero.zero.agreeing import Reach, SharedBuffers
-from lit_zero.zero.between import backward_is_running
+from lit_zero.zero.between import backward_is_running, when_over
 from lit_zero.zero.binding import Binding
-from lit_zero.zero.build import build_lanes, fill_lanes, group_names, number_groups
+from lit_zero.zero.build import build_lanes, empty, fill_lanes, group_names, number_groups
 from lit_zero.zero.gathering import Gatherer
 from lit_zero.zero.guarding import refuse_lost_changes
 from lit_zero.zero.hooks import Hooks
@@ -41,7 +41,7 @@ from lit_zero.zero.policy import Placement, Zero
 from lit_zero.zero.probe import is_shaped
 from lit_zero.zero.reducing import Reducer
 from lit_zero.zero.regroup import move, refuse_lost_state
-from lit_zero.zero.unit import Parameters, Unit
+from lit_zero.zero.unit import Unit
 from lit_zero.zero.units import plan_units
 
 
@@ -83,6 +83,7 @@ class Engine:
         self.row = zero.row.over(exchange.size)
         lowering = lowering or Lowering()
         self._handles: list[RemovableHandle] = []
+        self._unannounced = False  # the present backward was begun by its first gradient
         plans = plan_units(model, zero.units, lowering)
         infos = {info.name: info for plan in plans for info in plan.infos}
         for info in infos.values():
@@ -172,16 +173,7 @@ class Engine:
         """Give the module back: full parameters on every rank, no hooks. All ranks together."""
         for unit in self.units:
             self._gatherer.need(unit)
-            for lane in unit.lanes:
-                if lane.lowered:  # what the module holds is a 2-byte copy: give the masters back, not their rounding
-                    full = torch.empty(lane.numel, dtype=lane.master_dtype, device=self.device)
-                    self.exchange.all_gather([Gather(full, lane.own_master())]).wait()
-                    lane.seat(full)
-                elif unit.sharded:
-                    for info in lane.infos:
-                        info.param.data = info.param.data.clone()
-            if unit.sharded:
-                unit.state = Parameters.STALE
+            empty(unit, self.exchange)
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -203,6 +195,8 @@ class Engine:
         """
         if backward_is_running():
             return
+        if self._unannounced:  # it has failed: what ends a backward that nobody announced does not come any more
+            self._in_backward = self._unannounced = False
         self._gatherer.new_forward()
         self._gatherer.need(self.root)
         if self._keep:
@@ -267,7 +261,12 @@ class Engine:
     def _gradient_comes(self) -> None:
         if not self._in_backward:  # the user called loss.backward() without us
             self.begin_backward()
-            torch.autograd.Variable._execution_engine.queue_callback(self.end_backward)
+            self._unannounced = True
+            when_over(self._end_unannounced)
+
+    def _end_unannounced(self) -> None:
+        self._unannounced = False
+        self.end_backward()
 
     # ---- step
 

@@ -2,9 +2,9 @@
 
 [Note: who may overwrite a slot] A released unit stays readable in its slot until another unit needs the slot; so the
 unit that ends the forward is still there when the backward begins, and is not fetched again. A slot may be overwritten
-unless its holder's forward is running or its backward is. One exception: a checkpointed segment that is recomputed may
-pass through the slot of a unit whose backward waits for that very recomputation; the unit's own recomputed forward then
-brings it back.
+unless its holder's forward is running or its backward is: from the first of its outputs to whatever is older than its
+forward (``between``). One exception: a checkpointed segment that is recomputed may pass through the slot of a unit
+whose backward waits for that very recomputation; the unit's own recomputed forward then brings it back.
 
 [Note: lazy gather] Replicated parameters become stale when the optimizer has updated this rank's part. All units are
 then requested at once, in one order, and each is waited for where the next forward needs it: the exchange hides behind
@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Sequence
+from functools import partial
 
 import torch
 
 from lit_zero.comm.exchange import Exchange
 from lit_zero.core.errors import LitZeroError
+from lit_zero.zero.between import moment_of_backward, present_backward, when_over
 from lit_zero.zero.lane import Lane
 from lit_zero.zero.unit import Parameters, Slot, Unit
 
@@ -46,6 +48,7 @@ class Gatherer:
         for before, after in itertools.pairwise(units):
             before.ahead, after.behind = after, before
         self._last: Unit | None = None  # the unit whose forward began last
+        self._backwards: set[int] = set()  # those at whose end their units are let go of
 
     def _make_slots(self, count: int, device: torch.device) -> list[Slot]:
         def slot(size: int) -> Slot:
@@ -88,8 +91,12 @@ class Gatherer:
                 self._start(unit)
 
     def new_forward(self) -> None:
-        """Note that what runs next does not follow what ran before."""
+        """Note that what runs next does not follow what ran before, and that what a failure has left behind is over."""
         self._last = None
+        self._backwards.clear()
+        for unit in self._units:
+            unit.armed, unit.active = False, 0
+            unit.began.clear()
 
     def forward_begins(self, unit: Unit) -> None:
         """Bring ``unit`` for its forward and request the unit that is expected after it."""
@@ -107,18 +114,60 @@ class Gatherer:
         unit.active -= 1
         self.release(unit)
 
-    def backward_begins(self, unit: Unit) -> None:
-        """Bring ``unit`` for its backward and request the unit that is expected after it."""
-        unit.armed = unit.brought = True
+    def backward_begins(self, unit: Unit, since: int) -> None:
+        """Bring ``unit`` for its backward, after letting go of what the backward has left behind, and request the unit
+        that is expected after it.
+
+        Args:
+            unit: whose backward begins.
+            since: moment at which the forward began that it goes through.
+
+        Raises:
+            LitZeroError: if the backward makes a graph of its own and the unit shares its slot.
+        """
+        if torch.is_grad_enabled():
+            self._require_own_slot(unit)
+        self.leave_behind()
+        backward = present_backward()
+        if backward not in self._backwards:
+            self._backwards.add(backward)
+            when_over(partial(self._backward_is_over, backward))
+        if unit.armed and unit.brought == backward:  # it calls itself: its outermost forward counts
+            since = min(since, unit.since)
+        unit.armed, unit.brought, unit.since = True, backward, since
         self._last = None
         self.need(unit)
         self._prefetch(unit.behind)
+
+    def leave_behind(self) -> None:
+        """Let go of the units whose forward is younger than what the present backward has come to."""
+        backward, now = present_backward(), moment_of_backward()
+        for unit in self._units:
+            if unit.armed and unit.brought == backward and unit.since > now:
+                self.backward_ends(unit)
+
+    def _backward_is_over(self, backward: int) -> None:
+        self._backwards.discard(backward)
+        for unit in self._units:
+            if unit.armed and unit.brought == backward:
+                unit.armed = False
+                self.release(unit)
+
+    def _require_own_slot(self, unit: Unit) -> None:
+        if unit.slot is not None and unit.slot.units > 1:
+            inner = sum(other.sharded and not other.outer for other in self._units)
+            raise LitZeroError(
+                f"A backward with create_graph=True goes through {unit.title}. Whoever differentiates its result reads "
+                f"the unit's parameters again, and by then another unit has taken their slot. Set zero.slots={inner} "
+                "(a slot for every unit), or use zero.stage='stage2', where every rank keeps all parameters."
+            )
 
     def release(self, unit: Unit) -> None:
         """Let ``unit``'s slot be overwritten once nothing uses it."""
         if not unit.sharded or unit.active or unit.armed or unit.outer:
             return
-        if self._poison and unit.state is Parameters.WHOLE:
+        assert unit.slot is not None
+        if self._poison and unit.state is Parameters.WHOLE and unit.slot.units > 1:  # else it is there for good
             unit.state = Parameters.STALE
             _fill_nan(unit)
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lit_zero.core.errors import LitZeroError
 from lit_zero.core.nested import tensors_in
-from lit_zero.zero.between import backward_is_running, when_all_known, when_reached
+from lit_zero.zero.between import backward_is_running, moment, present_backward, when_reached
 from lit_zero.zero.gathering import Gatherer
 from lit_zero.zero.lane import Lane
 from lit_zero.zero.reducing import Reducer
@@ -36,6 +35,7 @@ class Hooks:
         self, units: Sequence[Unit], gatherer: Gatherer, reducer: Reducer, gradient_comes: Callable[[], None]
     ) -> None:
         self._gatherer, self._reducer, self._gradient_comes = gatherer, reducer, gradient_comes
+        self._model = units[0].module
         self._handles: list[RemovableHandle] = []
         for number, unit in enumerate(units):
             if number > 0:
@@ -59,7 +59,7 @@ class Hooks:
             self._before_forward(unit, args, kwargs)
 
         def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            self._after_forward(unit, output)
+            self._after_forward(unit, args, kwargs, output)
 
         self._handles.append(unit.module.register_forward_pre_hook(before, prepend=True, with_kwargs=True))
         if unit.sharded:
@@ -67,23 +67,28 @@ class Hooks:
 
     def _before_forward(self, unit: Unit, args: Any, kwargs: Any) -> None:
         if backward_is_running():  # a checkpointed segment runs again, inside the backward
-            unit.recomputed = True
+            unit.recomputed = present_backward()
+            if unit.sharded:
+                self._gatherer.leave_behind()
             self._gatherer.need(unit, recomputing=True)
         else:
-            unit.calls += 1
-            if not unit.sharded:
+            # Without gradient too, as a reentrant checkpoint has it, but not in an evaluation.
+            unit.calls += torch.is_grad_enabled() or self._model.training
+            if unit.sharded:
+                self._gatherer.forward_begins(unit)
+            else:
                 self._gatherer.need(unit)
-                return
-            self._gatherer.forward_begins(unit)
-        if unit.sharded and torch.is_grad_enabled():
-            inputs = [t for t in chain(tensors_in(args), tensors_in(kwargs)) if t.requires_grad]
-            when_all_known(inputs, partial(self._gatherer.backward_ends, unit))
+        if unit.sharded:
+            unit.began.append(moment())
 
-    def _after_forward(self, unit: Unit, output: Any) -> None:
+    def _after_forward(self, unit: Unit, args: Any, kwargs: Any, output: Any) -> None:
+        since = unit.began.pop()
+        if not unit.outer:
+            _refuse_parameters(unit, output)
         if torch.is_grad_enabled():
-            for tensor in tensors_in(output):
-                if tensor.requires_grad:
-                    when_reached(tensor, partial(self._gatherer.backward_begins, unit))
+            begins = partial(self._gatherer.backward_begins, unit, since)
+            for tensor in tensors_in((output, args, kwargs)):  # the module may have written to, or into, its inputs
+                when_reached(tensor, since, begins)
         if backward_is_running():
             self._gatherer.release(unit)
         else:
@@ -95,15 +100,16 @@ class Hooks:
         unit = parcel.unit
 
         def landed(param: torch.Tensor) -> None:
-            grad, param.grad = param.grad, None
-            assert grad is not None
+            assert param.grad is not None
+            grad, param.grad = param.grad.detach(), None  # with create_graph=True it has a graph of its own
             self._gradient_comes()
             if grad.is_sparse:
                 raise LitZeroError(
                     f"The gradient of {lane.infos[index].name!r} is sparse; lit_zero reduces dense gradients. Use "
                     "nn.Embedding(..., sparse=False)."
                 )
-            if unit.sharded and not unit.brought and not unit.outer:
+            backward = present_backward()
+            if unit.sharded and unit.brought != backward and not unit.outer:
                 raise LitZeroError(
                     f"The backward of {unit.title} ran while its parameters were not there, so "
                     f"{lane.infos[index].name!r} got a wrong gradient: "
@@ -111,9 +117,23 @@ class Hooks:
                     "containers or dataclasses of "
                     "tensors from it, or keep it out of zero.units."
                 )
+            unit.reentrant |= unit.recomputed not in (-1, backward)
             if self._reducer.land(parcel, lane, index, grad):
                 if unit.landed >= unit.expected and not unit.has_frozen:
                     self._gatherer.backward_ends(unit)
                 self._reducer.complete(parcel)
 
         return landed
+
+
+def _refuse_parameters(unit: Unit, output: Any) -> None:
+    """Raise if a parameter leaves a unit whose slot is given to another one."""
+    names = {id(info.param): info.name for lane in unit.lanes for info in lane.infos}
+    for tensor in tensors_in(output):
+        name = names.get(id(tensor)) or names.get(id(tensor._base))
+        if name is not None:
+            raise LitZeroError(
+                f"Unit {unit.title} returns its parameter {name!r} or a view of it. Parameters are sharded here, and "
+                "the memory behind it goes to another unit now that this one's forward is over. Return a copy "
+                "(.clone()), or keep the module out of zero.units."
+            )

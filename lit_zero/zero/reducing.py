@@ -91,7 +91,7 @@ class Reducer:
         self._next = 0
         self._finished = []
         for unit in self._units:
-            unit.landed, unit.recomputed, unit.brought = 0, False, False
+            unit.landed, unit.recomputed, unit.reentrant = 0, -1, False
         for parcel in self._order:
             parcel.done, parcel.landed = False, 0
             parcel.waiting.clear()
@@ -123,7 +123,7 @@ class Reducer:
             parcel.waiting.append((lane, index, grad))
         else:
             self._copy(parcel, lane, index, grad)
-        return parcel.landed >= parcel.expected and not (unit.recomputed and unit.calls > 1)
+        return parcel.landed >= parcel.expected and not (unit.reentrant and unit.calls > 1)
 
     def complete(self, parcel: Parcel) -> None:
         """Note that all gradients of ``parcel`` have landed and reduce whatever is due."""

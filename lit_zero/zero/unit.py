@@ -35,10 +35,12 @@ class Slot:
     Attributes:
         buffer: bytes, shape ``[bytes of the largest unit]``.
         holder: the unit whose parameters are in it or on their way.
+        units: number of units that take turns in it.
     """
 
     buffer: torch.Tensor
     holder: Unit | None = None
+    units: int = 0
 
 
 @dataclass(eq=False)
@@ -112,10 +114,13 @@ class Unit:
     stale: list[Lane] = field(default_factory=list)  # replicated parameters: lanes that other ranks have updated
     ticket: Ticket | None = None
     active: int = 0  # forwards of the module that are running
+    began: list[int] = field(default_factory=list)  # moments at which the forwards that are running began
     armed: bool = False  # its backward is running: the parameters must stay
-    brought: bool = False  # its parameters have been brought for this backward
+    brought: int = -1  # the backward for which its parameters were last brought
+    since: int = 0  # moment at which the forward began that this backward is going through
     calls: int = 0  # forwards since the last backward
-    recomputed: bool = False  # a checkpointed forward ran again in this backward
+    recomputed: int = -1  # the backward in which a checkpointed forward last ran again
+    reentrant: bool = False  # gradients come in backwards inside this one, from each of its calls in turn
     landed: int = 0  # trainable parameters whose gradient has come in this backward
     ahead: Unit | None = None  # the unit that ran next in the last forward
     behind: Unit | None = None  # the unit that ran before in the last forward
@@ -148,6 +153,7 @@ class Unit:
         again there.
         """
         self.slot = slot
+        slot.units += 1
         for lane, part in _carve(slot.buffer, [(lane, lane.numel, lane.compute_dtype) for lane in self.lanes]):
             lane.seat(part)
 
