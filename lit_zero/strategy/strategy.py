@@ -313,8 +313,16 @@ class ZeroStrategy(ParallelStrategy):
         return self._checkpoints
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Return the module's whole state dict on rank 0, ``{}`` on the others. All ranks must call this."""
+        """Return what Lightning saves as ``state_dict``: :meth:`full_state_dict`, or with ``checkpoint="sharded"`` the
+        buffers alone, because every rank then writes its own part of the parameters. All ranks must call this.
+        """
         return self.checkpoints.weights()
+
+    def full_state_dict(self) -> dict[str, Any]:
+        """Return the module's whole state dict in host memory on rank 0, ``{}`` on the others, whichever checkpoint
+        format is chosen. All ranks must call this.
+        """
+        return self.checkpoints.whole_weights()
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         """Return an optimizer's state dict as one process would have it, on rank 0. All ranks must call this."""

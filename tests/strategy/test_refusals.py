@@ -74,8 +74,8 @@ def test_a_modules_own_state_dict(ranks, tmp_path, stage, precision, guarded):
         * (
             f"{name}.state_dict() and load_state_dict() would see released or 2-byte parameters under this strategy. "
             "Save with trainer.save_checkpoint(path), get the weights with "
-            "trainer.strategy.lightning_module_state_dict() on all ranks, and load weights before setup (in __init__ "
-            "or configure_model) or through ckpt_path."
+            "trainer.strategy.full_state_dict() on all ranks, and load weights before setup (in __init__ or "
+            "configure_model) or through ckpt_path."
         )
         for name in ("LitGPT", "LitGPT", "Block")
     ]
