@@ -22,7 +22,7 @@ from lit_zero.checkpoint import full, sharded
 from lit_zero.checkpoint.parts import OptimizerParts
 from lit_zero.checkpoint.policy import Checkpoint
 from lit_zero.comm.world import World
-from lit_zero.core.errors import CheckpointError, LitZeroError
+from lit_zero.core.errors import CheckpointError, LitZeroError, check_local
 from lit_zero.strategy.entries import Entries, entries_of
 from lit_zero.strategy.guard import Guard
 from lit_zero.zero.engine import Engine
@@ -92,7 +92,12 @@ class Checkpoints:
         return full.collect_optimizer(self._parts(number), World())
 
     def save(self, checkpoint: dict[str, Any], path: Any) -> None:
-        """Write what Lightning has put together."""
+        """Write what Lightning has put together.
+
+        Raises:
+            UnsupportedError: for an address such as ``s3://...``.
+        """
+        check_local("filepath", path)
         if self._policy.format == "full":
             full.save(checkpoint, path, World())
             return
@@ -112,7 +117,12 @@ class Checkpoints:
     # ---- reading
 
     def load(self, path: Any, weights_only: bool | None) -> dict[str, Any]:
-        """Open a checkpoint of either format and return what Lightning wants of it."""
+        """Open a checkpoint of either format and return what Lightning wants of it.
+
+        Raises:
+            UnsupportedError: for an address such as ``s3://...``.
+        """
+        check_local("ckpt_path", path)
         self._path, self._opened = path, None
         if not sharded.is_sharded(path):
             return full.load(path, weights_only)

@@ -33,6 +33,9 @@ from lit_zero.strategy.precision import hold_with_skipped_steps, lowered_dtype, 
 from lit_zero.strategy.refusals import (
     accumulates,
     refuse_no_optimizer,
+    refuse_other_devices,
+    refuse_other_size,
+    refuse_surplus_rank,
     refuse_tensors_without_memory,
     refuse_unsupported,
 )
@@ -110,6 +113,7 @@ class ZeroStrategy(ParallelStrategy):
         """This rank's device."""
         if self.parallel_devices is None:
             raise LitZeroError("The strategy has no devices yet: it is used outside a Trainer.")
+        refuse_surplus_rank(self.local_rank, self.num_processes)
         return self.parallel_devices[self.local_rank]
 
     @property
@@ -143,6 +147,7 @@ class ZeroStrategy(ParallelStrategy):
 
     def _configure_launcher(self) -> None:
         assert self.cluster_environment is not None and self.parallel_devices is not None
+        refuse_other_devices(self.parallel_devices[0].type, self._backend)
         if self.parallel_devices[0].type == "cpu" and not self.cluster_environment.creates_processes_externally:
             check_cpu_processes("devices", self.num_processes)
         launcher: Any = JobLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
@@ -165,6 +170,7 @@ class ZeroStrategy(ParallelStrategy):
         device = self.root_device if self.root_device.type != "cpu" else None
         assert self.cluster_environment is not None
         _init_dist_connection(self.cluster_environment, self._backend, timeout=self._timeout, device_id=device)
+        refuse_other_size(process_group.size(), self.num_nodes * self.num_processes)
 
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         """Return once every rank has called this."""
@@ -327,7 +333,13 @@ class ZeroStrategy(ParallelStrategy):
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         """Return an optimizer's state dict as one process would have it, on rank 0. All ranks must call this."""
         bare = getattr(optimizer, "_optimizer", optimizer)  # out of Lightning's wrapper
-        return self.checkpoints.optimizer(next(i for i, b in enumerate(self.engine.bindings) if b.optimizer is bare))
+        number = next((i for i, b in enumerate(self.engine.bindings) if b.optimizer is bare), None)
+        if number is None:
+            raise LitZeroError(
+                f"The Trainer still holds the {type(bare).__name__} of an earlier fit, but has run another module "
+                "since, whose weights it would be saved with. Save right after fit, or with weights_only=True."
+            )
+        return self.checkpoints.optimizer(number)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """Write a checkpoint. All ranks must call this."""
