@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from typing import Any, Literal
@@ -14,15 +15,14 @@ from lit_zero.checkpoint.policy import Checkpoint
 from lit_zero.comm import process_group
 from lit_zero.comm.open import open_exchange
 from lit_zero.comm.policy import Comm
+from lit_zero.comm.roll_call import RollCall
 from lit_zero.config.validate import check_cpu_processes
 from lit_zero.core.errors import ConfigError, LitZeroError, check_choice
 from lit_zero.precision.policy import Lowering, Precision
 from lit_zero.strategy.checkpoints import Checkpoints
 from lit_zero.strategy.flavour import (
-    ParallelStrategy,
     TrainerFn,
     _init_dist_connection,
-    _sync_ddp_if_available,
     fabric_rank_zero_only,
     pl,
     rank_zero_only,
@@ -39,11 +39,12 @@ from lit_zero.strategy.refusals import (
     refuse_tensors_without_memory,
     refuse_unsupported,
 )
+from lit_zero.strategy.talking import Talking
 from lit_zero.zero.engine import Engine
 from lit_zero.zero.policy import Placement, Zero
 
 
-class ZeroStrategy(ParallelStrategy):
+class ZeroStrategy(Talking):
     """Trains a LightningModule with its model states sharded over the ranks; results equal those of one process.
 
     ``Trainer(strategy=ZeroStrategy("stage3"))``, or by name once lit_zero is imported: ``Trainer(strategy="zero3")``.
@@ -171,20 +172,7 @@ class ZeroStrategy(ParallelStrategy):
         assert self.cluster_environment is not None
         _init_dist_connection(self.cluster_environment, self._backend, timeout=self._timeout, device_id=device)
         refuse_other_size(process_group.size(), self.num_nodes * self.num_processes)
-
-    def barrier(self, *args: Any, **kwargs: Any) -> None:
-        """Return once every rank has called this."""
-        process_group.barrier(self.root_device)
-
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
-        """Return rank ``src``'s ``obj`` on every rank."""
-        return process_group.broadcast_object(obj, src)
-
-    def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
-        """Reduce ``tensor`` over the data-parallel ranks; anything else is returned as it is."""
-        return (
-            _sync_ddp_if_available(tensor, group, reduce_op=reduce_op) if isinstance(tensor, torch.Tensor) else tensor
-        )
+        self._roll_call = RollCall()
 
     # ---- setup
 
@@ -322,7 +310,7 @@ class ZeroStrategy(ParallelStrategy):
         """Return what Lightning saves as ``state_dict``: :meth:`full_state_dict`, or with ``checkpoint="sharded"`` the
         buffers alone, because every rank then writes its own part of the parameters. All ranks must call this.
         """
-        return self.checkpoints.weights()
+        return self.checkpoints.weights() if self.together() else {}
 
     def full_state_dict(self) -> dict[str, Any]:
         """Return the module's whole state dict in host memory on rank 0, ``{}`` on the others, whichever checkpoint
@@ -332,6 +320,8 @@ class ZeroStrategy(ParallelStrategy):
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         """Return an optimizer's state dict as one process would have it, on rank 0. All ranks must call this."""
+        if not self.together():
+            return {}
         bare = getattr(optimizer, "_optimizer", optimizer)  # out of Lightning's wrapper
         number = next((i for i, b in enumerate(self.engine.bindings) if b.optimizer is bare), None)
         if number is None:
@@ -348,6 +338,12 @@ class ZeroStrategy(ParallelStrategy):
                 f"storage_options={storage_options!r} has no effect: ZeroStrategy writes checkpoints to file systems "
                 "itself. Remove it."
             )
+        if not self.together():
+            reason = "a rank has failed alone, and saving takes all of them. Earlier checkpoints are unharmed."
+            print(
+                f"lit_zero: rank {self.global_rank} does not save '{filepath}': {reason}", file=sys.stderr, flush=True
+            )
+            return
         self.checkpoints.save(checkpoint, filepath)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
