@@ -151,7 +151,9 @@ class ZeroStrategy(Talking):
         refuse_other_devices(self.parallel_devices[0].type, self._backend)
         if self.parallel_devices[0].type == "cpu" and not self.cluster_environment.creates_processes_externally:
             check_cpu_processes("devices", self.num_processes)
-        launcher: Any = JobLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+        launcher: Any = JobLauncher(
+            self.cluster_environment, self.num_processes, self.num_nodes, self._timeout.total_seconds()
+        )
         self._launcher = launcher
 
     def set_world_ranks(self) -> None:
