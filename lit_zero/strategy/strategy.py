@@ -42,6 +42,7 @@ from lit_zero.strategy.refusals import (
 from lit_zero.strategy.talking import Talking
 from lit_zero.zero.engine import Engine
 from lit_zero.zero.policy import Placement, Zero
+from lit_zero.zero.units import plan_units
 
 
 class ZeroStrategy(Talking):
@@ -177,6 +178,14 @@ class ZeroStrategy(Talking):
         self._roll_call = RollCall()
 
     # ---- setup
+
+    def check_units(self, module: torch.nn.Module) -> None:
+        """Refuse a choice of ``zero.units`` that does not fit ``module``, which may be on the meta device.
+
+        Raises:
+            ConfigError: naming what is not there.
+        """
+        plan_units(module, self.zero.units, Lowering(self.precision_policy))
 
     @contextlib.contextmanager
     def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
