@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from lit_zero.comm import process_group
 
-SECONDS = 10.0  # for all ranks to come: those that fail together do so within less
+SECONDS = 8.0  # for all ranks to come: those that fail together do so within less
 
 
 class RollCall:

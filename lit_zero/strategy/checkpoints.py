@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from lit_zero.checkpoint import full, sharded
-from lit_zero.checkpoint.parts import OptimizerParts
+from lit_zero.checkpoint.parts import OptimizerParts, check_groups
 from lit_zero.checkpoint.policy import Checkpoint
 from lit_zero.comm.world import World
 from lit_zero.core.errors import CheckpointError, LitZeroError, check_local
@@ -167,19 +167,19 @@ class Checkpoints:
                 f"The checkpoint '{self._path}' holds {saved} optimizers, configure_optimizers returned {mine}."
             )
         for number in range(mine):
-            binding = self.engine.bindings[number]
-            self._refuse_another_optimizer(number, checkpoint[_OPTIMIZERS][number])
-            described = self._described(number, checkpoint[_OPTIMIZERS][number])
+            binding, saved_state = self.engine.bindings[number], checkpoint[_OPTIMIZERS][number]
+            self._refuse_another_optimizer(number, saved_state)
+            described = self._described(number, saved_state)
+            groups = saved_state["param_groups"] if self._opened is None else self._opened.param_groups(number)
+            check_groups(groups, binding.groups(), str(self._path or _OPTIMIZERS))
+            binding.load_groups(groups)  # first: flags such as fused say on which device a state belongs
             binding.prepare_states(described)
             states = self.engine.optimizer_pieces(number, described, whole_if_replicated=True)
             parts = OptimizerParts(self._entries().states(states), binding.groups())
             if self._opened is not None:
-                groups = self._opened.load_optimizer(number, parts)
+                self._opened.load_optimizer(number, parts)
             else:
-                groups = full.load_optimizer_into(
-                    parts, checkpoint[_OPTIMIZERS][number], where=self._path or _OPTIMIZERS
-                )
-            binding.load_groups(groups)
+                full.load_optimizer_into(parts, saved_state, where=self._path or _OPTIMIZERS)
 
     def _refuse_another_optimizer(self, number: int, saved: Mapping[str, Any]) -> None:
         """Check that the checkpoint has every number that the optimizer is steered by. Flags may be missing: torch has
