@@ -13,6 +13,11 @@ def is_initialized() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def size() -> int:
+    """Return the number of ranks that this process belongs to, itself included."""
+    return dist.get_world_size() if is_initialized() else 1
+
+
 def default_backend(device: torch.device) -> str:
     """Return the backend that serves ``device``: ``nccl`` for CUDA, ``gloo`` for the rest."""
     return "nccl" if device.type == "cuda" else "gloo"

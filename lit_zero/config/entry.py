@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from lit_zero.config import jobs, search_path
+from lit_zero.config.trial import check_folder
 from lit_zero.config.validate import validate
 from lit_zero.core.errors import ConfigError
 
@@ -71,6 +72,7 @@ def _check_command_line(task: Task, config_path: str, config_name: str) -> None:
     )
     from hydra.core.config_search_path import SearchPathQuery
     from hydra.core.utils import setup_globals
+    from hydra.types import RunMode
 
     arguments = get_args_parser().parse_args()
     asks = (
@@ -90,6 +92,7 @@ def _check_command_line(task: Task, config_path: str, config_name: str) -> None:
         paths.prepend(provider="command-line", path=f"file://{folder}", anchor=SearchPathQuery(provider="schema"))
     sources = ConfigLoaderImpl(config_search_path=paths)
     for config in _jobs(sources, arguments.config_name or config_name, arguments.overrides, arguments.multirun):
+        check_folder(config, arguments.multirun or config.hydra.mode == RunMode.MULTIRUN)
         validate(config)
 
 

@@ -60,6 +60,8 @@ class Job:
             path = Path(self.log_file)
             log_file = path.with_name(f"{path.stem}_rank{rank}{path.suffix}")
             own.append(f"hydra.job_logging.handlers.file.filename={_quoted(str(log_file))}")
+        if _PROGRAM not in os.environ:  # lit_zero was first imported when the job built its strategy
+            remember_program(self.cwd)
         return [*_program(), *self.settings, *self.overrides, *own]
 
 
@@ -89,8 +91,12 @@ def current_job() -> Job | None:
     )
 
 
-def remember_program() -> None:
-    """Note how this Hydra app was started, for this process and for the processes it starts."""
+def remember_program(folder: str = "") -> None:
+    """Note how this Hydra app was started, for this process and for the processes it starts.
+
+    Args:
+        folder: in which it was started; by default the working folder.
+    """
     from hydra._internal.utils import get_args_parser
 
     flags: list[str] = []
@@ -100,16 +106,20 @@ def remember_program() -> None:
         value = getattr(arguments, name, None)
         if value is not None:
             flags += [f"--{name.replace('_', '-')}", value]
-    os.environ[_PROGRAM] = json.dumps([*this_script(), *flags])
+    os.environ[_PROGRAM] = json.dumps([*this_script(folder), *flags])
 
 
-def this_script() -> list[str]:
-    """Return the command that starts the running script anew, without its arguments."""
+def this_script(folder: str = "") -> list[str]:
+    """Return the command that starts the running script anew, without its arguments.
+
+    Args:
+        folder: in which it was started; by default the working folder.
+    """
     import __main__
 
     spec = getattr(__main__, "__spec__", None)
     if spec is None:
-        return [sys.executable, os.path.abspath(sys.argv[0])]
+        return [sys.executable, os.path.abspath(os.path.join(folder, sys.argv[0]))]
     # "python -m package" runs package/__main__.py, and is started again by the package's name
     return [sys.executable, "-m", spec.name.removesuffix(".__main__")]
 

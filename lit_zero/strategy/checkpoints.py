@@ -19,10 +19,12 @@ import torch
 from torch import nn
 
 from lit_zero.checkpoint import full, sharded
-from lit_zero.checkpoint.parts import OptimizerParts
+from lit_zero.checkpoint.parts import OptimizerParts, check_groups
 from lit_zero.checkpoint.policy import Checkpoint
 from lit_zero.comm.world import World
-from lit_zero.core.errors import CheckpointError, LitZeroError
+from lit_zero.core.errors import CheckpointError, LitZeroError, check_local
+from lit_zero.strategy.entries import Entries, entries_of
+from lit_zero.strategy.guard import Guard
 from lit_zero.zero.engine import Engine
 from lit_zero.zero.policy import Placement
 
@@ -43,12 +45,13 @@ class Checkpoints:
         self._opened: sharded.ShardedCheckpoint | None = None
         self._path: Any = None
         self._waiting: tuple[Mapping[str, Any], bool] | None = None
+        self._guard: Guard | None = None
         self._guarded = True
 
     def attach(self, engine: Engine) -> None:
         """Work on ``engine`` from now on, and give it the weights that have been waiting for it."""
-        if self._engine is None:
-            self._guard()
+        if self._guard is None:
+            self._guard = Guard(self._module, self._check)
         self._engine = engine
         if self._waiting is not None:
             (checkpoint, strict), self._waiting = self._waiting, None
@@ -64,20 +67,21 @@ class Checkpoints:
     # ---- writing
 
     def weights(self) -> dict[str, Any]:
-        """Return the module's state dict: whole on rank 0 in the full format, without the sharded parameters in the
-        sharded one.
+        """Return what Lightning puts into a checkpoint: :meth:`whole_weights` in the full format, the entries that are
+        no parameters in the sharded one.
         """
-        engine = self.engine
-        with self._unguarded():
-            template = self._module.state_dict()
-        managed = {piece.name for piece in engine.parameter_pieces()}
-        if self._policy.format == "sharded":
-            return {name: value for name, value in template.items() if engine.aliases.get(name, name) not in managed}
-        world = World()
-        whole = full.collect(engine.parameter_pieces(), world)
+        return self._entries().others if self._policy.format == "sharded" else self.whole_weights()
+
+    def whole_weights(self) -> dict[str, Any]:
+        """Return the module's whole state dict on rank 0, ``{}`` on the others, in either format. All ranks must call
+        this.
+        """
+        entries, world = self._entries(), World()
+        whole = full.collect(self.engine.parameter_pieces(), world)
         if world.rank != 0:
             return {}
-        return {name: whole.get(engine.aliases.get(name, name), value) for name, value in template.items()}
+        own = {key: whole[name] for key, name in entries.sources.items()}
+        return {key: own[key] if key in own else entries.others[key] for key in entries.keys}
 
     def optimizer(self, number: int) -> dict[str, Any]:
         """Return optimizer ``number``'s state dict as torch saves it: on rank 0 in the full format, empty in the
@@ -88,18 +92,23 @@ class Checkpoints:
         return full.collect_optimizer(self._parts(number), World())
 
     def save(self, checkpoint: dict[str, Any], path: Any) -> None:
-        """Write what Lightning has put together."""
+        """Write what Lightning has put together.
+
+        Raises:
+            UnsupportedError: for an address such as ``s3://...``.
+        """
+        check_local("filepath", path)
         if self._policy.format == "full":
             full.save(checkpoint, path, World())
             return
-        engine = self.engine
+        engine, entries = self.engine, self._entries()
         extras = {key: value for key, value in checkpoint.items() if key not in (_WEIGHTS, _OPTIMIZERS)}
         numbers = range(len(engine.bindings)) if _OPTIMIZERS in checkpoint else []
         sharded.save(
             path,
-            weights=engine.parameter_pieces(),
+            weights=entries.pieces(engine.parameter_pieces()),
             others=checkpoint.get(_WEIGHTS, {}),
-            aliases=engine.aliases,
+            aliases=entries.aliases,
             optimizers=[self._parts(number) for number in numbers],
             extras=extras,
             world=World(),
@@ -108,7 +117,12 @@ class Checkpoints:
     # ---- reading
 
     def load(self, path: Any, weights_only: bool | None) -> dict[str, Any]:
-        """Open a checkpoint of either format and return what Lightning wants of it."""
+        """Open a checkpoint of either format and return what Lightning wants of it.
+
+        Raises:
+            UnsupportedError: for an address such as ``s3://...``.
+        """
+        check_local("ckpt_path", path)
         self._path, self._opened = path, None
         if not sharded.is_sharded(path):
             return full.load(path, weights_only)
@@ -123,20 +137,17 @@ class Checkpoints:
         if self._engine is None:
             self._waiting = (checkpoint, strict)
             return
-        engine = self._engine
-        with self._unguarded():
-            template = self._module.state_dict()
-        pieces = engine.parameter_pieces(whole_if_replicated=True)
-        managed = {piece.name for piece in pieces}
-        others = [name for name in template if engine.aliases.get(name, name) not in managed]
+        engine, entries = self._engine, self._entries()
+        pieces = entries.pieces(engine.parameter_pieces(whole_if_replicated=True))
+        others, aliases = list(entries.others), entries.aliases
         if self._opened is not None:
-            rest = self._opened.load_weights(pieces, others=others, aliases=engine.aliases, strict=strict)
+            rest = self._opened.load_weights(pieces, others=others, aliases=aliases, strict=strict)
         else:
             rest = full.load_into(
                 pieces,
                 checkpoint[_WEIGHTS],
                 others=others,
-                aliases=engine.aliases,
+                aliases=aliases,
                 strict=strict,
                 where=self._path or _WEIGHTS,
             )
@@ -156,20 +167,19 @@ class Checkpoints:
                 f"The checkpoint '{self._path}' holds {saved} optimizers, configure_optimizers returned {mine}."
             )
         for number in range(mine):
-            binding = self.engine.bindings[number]
-            self._refuse_another_optimizer(number, checkpoint[_OPTIMIZERS][number])
-            described = self._described(number, checkpoint[_OPTIMIZERS][number])
+            binding, saved_state = self.engine.bindings[number], checkpoint[_OPTIMIZERS][number]
+            self._refuse_another_optimizer(number, saved_state)
+            described = self._described(number, saved_state)
+            groups = saved_state["param_groups"] if self._opened is None else self._opened.param_groups(number)
+            check_groups(groups, binding.groups(), str(self._path or _OPTIMIZERS))
+            binding.load_groups(groups)  # first: flags such as fused say on which device a state belongs
             binding.prepare_states(described)
-            parts = OptimizerParts(
-                self.engine.optimizer_pieces(number, described, whole_if_replicated=True), binding.groups()
-            )
+            states = self.engine.optimizer_pieces(number, described, whole_if_replicated=True)
+            parts = OptimizerParts(self._entries().states(states), binding.groups())
             if self._opened is not None:
-                groups = self._opened.load_optimizer(number, parts)
+                self._opened.load_optimizer(number, parts)
             else:
-                groups = full.load_optimizer_into(
-                    parts, checkpoint[_OPTIMIZERS][number], where=self._path or _OPTIMIZERS
-                )
-            binding.load_groups(groups)
+                full.load_optimizer_into(parts, saved_state, where=self._path or _OPTIMIZERS)
 
     def _refuse_another_optimizer(self, number: int, saved: Mapping[str, Any]) -> None:
         """Check that the checkpoint has every number that the optimizer is steered by. Flags may be missing: torch has
@@ -188,9 +198,9 @@ class Checkpoints:
     def _described(self, number: int, saved: Mapping[str, Any]) -> dict[str, Any]:
         """Return ``{parameter: ({tensor key: dtype}, {scalar key: value})}`` of what a checkpoint holds."""
         if self._opened is not None:
-            scalars, opened = self._opened.scalars(number), self._opened
+            scalars, opened, sources = self._opened.scalars(number), self._opened, self._entries().sources
             return {
-                name: ({key: opened.state_dtype(number, name, key) for key in keys}, scalars[name])
+                sources.get(name, name): ({key: opened.state_dtype(number, name, key) for key in keys}, scalars[name])
                 for name, keys in opened.optimizer_keys(number).items()
                 if keys or scalars[name]
             }
@@ -215,32 +225,27 @@ class Checkpoints:
 
     def _parts(self, number: int) -> OptimizerParts:
         described = self.engine.describe_states(number, World().all_gather_object)
-        return OptimizerParts(self.engine.optimizer_pieces(number, described), self.engine.bindings[number].groups())
+        states = self._entries().states(self.engine.optimizer_pieces(number, described))
+        return OptimizerParts(states, self.engine.bindings[number].groups())
 
     # ---- the module's own state_dict
 
-    def _guard(self) -> None:
-        """Stand before the module's own ``state_dict`` and ``load_state_dict``: they see the parameters' memory, not
-        the masters.
-        """
+    def _entries(self) -> Entries:
+        with self._unguarded():
+            return entries_of(self._module, self.engine)
 
-        def check(module: nn.Module, *_: Any) -> None:
-            engine = self._engine
-            if not self._guarded or engine is None or Engine.of(self._module) is not engine:
-                return
-            if engine.row.parameter is Placement.SHARD or any(lane.lowered for lane in engine.lanes):
-                raise LitZeroError(
-                    f"{type(module).__name__}.state_dict() and load_state_dict() would see released or 2-byte "
-                    "parameters under this strategy. Save with trainer.save_checkpoint(path), get the weights with "
-                    "trainer.strategy.lightning_module_state_dict() on all ranks, and load weights before setup (in "
-                    "__init__ or configure_model) or through ckpt_path."
-                )
-            engine.wait_for_parameters()  # on their way since the last step: the other ranks need not be here
-
-        for module in self._module.modules():
-            if any(True for _ in module.parameters()):
-                module.register_state_dict_pre_hook(check)
-                module.register_load_state_dict_pre_hook(check)
+    def _check(self, doing: str) -> None:
+        """Refuse what would see the parameters' memory while that is not their values."""
+        engine = self._engine
+        if not self._guarded or engine is None or Engine.of(self._module) is not engine:
+            return
+        if engine.row.parameter is Placement.SHARD or any(lane.lowered for lane in engine.lanes):
+            raise LitZeroError(
+                f"{doing} would see released or 2-byte parameters under this strategy. Save with "
+                "trainer.save_checkpoint(path), get the weights with trainer.strategy.full_state_dict() on all ranks, "
+                "and load weights before setup (in __init__ or configure_model) or through ckpt_path."
+            )
+        engine.wait_for_parameters()  # on their way since the last step: the other ranks need not be here
 
     @contextlib.contextmanager
     def _unguarded(self) -> Iterator[None]:

@@ -32,14 +32,18 @@ class JobLauncher:
         cluster_environment: says who starts the processes, and where they meet.
         num_processes: ranks on this machine.
         num_nodes: machines.
+        timeout: seconds that this process waits for the ranks it starts.
     """
 
     is_interactive_compatible = False
 
-    def __init__(self, cluster_environment: ClusterEnvironment, num_processes: int, num_nodes: int) -> None:
+    def __init__(
+        self, cluster_environment: ClusterEnvironment, num_processes: int, num_nodes: int, timeout: float = 1800.0
+    ) -> None:
         self.cluster_environment = cluster_environment
         self.num_processes = num_processes
         self.num_nodes = num_nodes
+        self.timeout = timeout
 
     def launch(self, function: Callable[..., T], *args: Any, trainer: Any = None, **kwargs: Any) -> T:
         """Start the other ranks if that has not happened yet, then call ``function`` in this one.
@@ -54,7 +58,7 @@ class JobLauncher:
         environment = self.cluster_environment
         environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
         if not environment.creates_processes_externally:
-            _Process.here = Leader.start(environment, self.num_processes, self.num_nodes)
+            _Process.here = Leader.start(environment, self.num_processes, self.num_nodes, self.timeout)
         elif _Process.here is None and jobs.TEAM in os.environ:
             _Process.here = Follower(Path(os.environ[jobs.TEAM]), environment.local_rank())
         _share_cores(self.num_processes)

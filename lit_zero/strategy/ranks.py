@@ -32,6 +32,7 @@ from typing import NoReturn, Protocol, TypeVar
 from lit_zero.comm import process_group
 from lit_zero.config import jobs
 from lit_zero.core.errors import LitZeroError
+from lit_zero.strategy.kinds import kind_of, same_kind
 
 T = TypeVar("T")
 
@@ -39,7 +40,9 @@ NOTICE_SECONDS = 4.0  # for rank 0 to notice by itself that a rank has failed
 STUCK_SECONDS = 15.0  # after which a process that has not noticed is ended
 SETTLE_SECONDS = 2.0  # in which the exit code of a rank follows the loss of its connection
 LEAVE_SECONDS = 30.0  # for the ranks to end once rank 0 has finished
+ASK_SECONDS = 30.0  # after which rank 0 says for which ranks it waits
 POLL_SECONDS = 0.1
+_SAME_WAY = "Every rank must run the same script up to the same call of the Trainer."
 
 
 class RankError(LitZeroError, RuntimeError):
@@ -110,7 +113,7 @@ class Follower:
             return function()
         except Exception as error:
             text = "".join(traceback.format_exception(error))
-            report = json.dumps({"time": time.time(), "kind": _kind(error), "text": text})
+            report = json.dumps({"time": time.time(), "kind": kind_of(error), "text": text})
             temporary = path.with_suffix(".tmp")
             temporary.write_text(report)
             os.replace(temporary, path)
@@ -143,11 +146,19 @@ class Leader:
         self._closed = threading.Event()
 
     @classmethod
-    def start(cls, environment: ClusterEnvironment, num_processes: int, num_nodes: int) -> Leader:
+    def start(
+        cls, environment: ClusterEnvironment, num_processes: int, num_nodes: int, timeout: float = 1800.0
+    ) -> Leader:
         """Start the other ranks of this machine and wait until each has got as far as this one.
 
+        Args:
+            environment: says where the ranks meet.
+            num_processes: ranks on this machine.
+            num_nodes: machines.
+            timeout: seconds to wait for the ranks.
+
         Raises:
-            RankError: if one of them ends before.
+            RankError: if one of them ends before, or does not come.
         """
         self = cls()
         self._set("MASTER_ADDR", environment.main_address)
@@ -164,6 +175,7 @@ class Leader:
             variables = {**os.environ, "LOCAL_RANK": str(rank), jobs.TEAM: str(self._folder)}
             cwd = None if self.job is None else self.job.cwd
             self._ranks[rank] = subprocess.Popen(command, env=variables, cwd=cwd)
+        began, asked = time.monotonic(), False
         while waiting := [rank for rank in self._ranks if not (self._folder / f"rank{rank}.ready").exists()]:
             for rank in waiting:
                 code = self._ranks[rank].poll()
@@ -172,9 +184,24 @@ class Leader:
                     self.close()
                     raise RankError(
                         f"rank {rank} of {num_processes} ended ({_exit_in_words(code)}) before it began to train. "
-                        "Its own output above says why; every rank must run the same script up to the same call of "
-                        "the Trainer."
+                        f"Its own output above says why. {_SAME_WAY}"
                     )
+            waited, absent = time.monotonic() - began, f"rank {', '.join(map(str, waiting))} of {num_processes}"
+            if waited > timeout:
+                self._failed = True
+                self._kill()
+                self.close()
+                raise RankError(
+                    f"{absent} did not begin to train within timeout={timeout:g} s and was ended. {_SAME_WAY} If the "
+                    "script only needs longer before that, raise timeout in ZeroStrategy."
+                )
+            if waited > ASK_SECONDS and not asked:
+                asked = True
+                print(
+                    f"lit_zero: still waiting, after {waited:.0f} s, for {absent} to begin to train. {_SAME_WAY}",
+                    file=sys.stderr,
+                    flush=True,
+                )
             time.sleep(POLL_SECONDS)
         threading.Thread(target=self._watch, name="lit_zero-watch", daemon=True).start()
         return self
@@ -198,7 +225,7 @@ class Leader:
                 cause = self._cause_of(error) if isinstance(error, Exception) else None
                 if cause is None:
                     raise
-                self._give_up(cause, "" if isinstance(error, RankError) else _kind(error))
+                self._give_up(cause, "" if isinstance(error, RankError) else kind_of(error))
             finally:
                 self._inside = False
 
@@ -285,7 +312,7 @@ class Leader:
         time.sleep(5 * POLL_SECONDS)  # a connection is lost a little before the exit code is known
         cause = self._first_failure()
         # The same error on every rank: rank 0's own tells as much, and has its type.
-        if cause is None or cause.kind == _kind(error) or cause.time > now:
+        if cause is None or same_kind(cause.kind, error) or cause.time > now:
             return None
         return cause
 
@@ -339,10 +366,6 @@ class Leader:
             self._listens = False
             # A wake-up may still be on its way: better unheard than in the hands of a default that ends the process.
             signal.signal(signal.SIGUSR2, signal.SIG_IGN if before in (signal.SIG_DFL, None) else before)
-
-
-def _kind(error: BaseException) -> str:
-    return f"{type(error).__qualname__}: {error}"
 
 
 def _exit_in_words(code: int) -> str:

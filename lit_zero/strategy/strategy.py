@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from lit_zero.checkpoint.policy import Checkpoint
 from lit_zero.comm import process_group
 from lit_zero.comm.open import open_exchange
 from lit_zero.comm.policy import Comm
+from lit_zero.comm.roll_call import RollCall
 from lit_zero.config.validate import check_cpu_processes
 from lit_zero.core.errors import ConfigError, LitZeroError, check_choice
 from lit_zero.precision.policy import Lowering, Precision
@@ -21,10 +23,8 @@ from lit_zero.strategy.arguments import duration, instance
 from lit_zero.strategy.checkpoints import Checkpoints
 from lit_zero.strategy.finetuning import name_groups
 from lit_zero.strategy.flavour import (
-    ParallelStrategy,
     TrainerFn,
     _init_dist_connection,
-    _sync_ddp_if_available,
     fabric_rank_zero_only,
     pl,
     rank_zero_only,
@@ -35,15 +35,20 @@ from lit_zero.strategy.manual import toggle_parameters, untouched
 from lit_zero.strategy.precision import bare, hold_with_skipped_steps, lowered_dtype, over_shards
 from lit_zero.strategy.refusals import (
     refuse_no_optimizer,
+    refuse_other_devices,
+    refuse_other_size,
+    refuse_surplus_rank,
     refuse_tensors_without_memory,
     refuse_unsupported,
 )
+from lit_zero.strategy.talking import Talking
 from lit_zero.zero.access import Access
 from lit_zero.zero.engine import Engine
 from lit_zero.zero.policy import Placement, Zero
+from lit_zero.zero.units import plan_units
 
 
-class ZeroStrategy(ParallelStrategy):
+class ZeroStrategy(Talking):
     """Trains a LightningModule with its model states sharded over the ranks; results equal those of one process.
 
     ``Trainer(strategy=ZeroStrategy("stage3"))``, or by name once lit_zero is imported: ``Trainer(strategy="zero3")``.
@@ -117,6 +122,7 @@ class ZeroStrategy(ParallelStrategy):
         """This rank's device."""
         if self.parallel_devices is None:
             raise LitZeroError("The strategy has no devices yet: it is used outside a Trainer.")
+        refuse_surplus_rank(self.local_rank, self.num_processes)
         return self.parallel_devices[self.local_rank]
 
     @property
@@ -150,9 +156,12 @@ class ZeroStrategy(ParallelStrategy):
 
     def _configure_launcher(self) -> None:
         assert self.cluster_environment is not None and self.parallel_devices is not None
+        refuse_other_devices(self.parallel_devices[0].type, self._backend)
         if self.parallel_devices[0].type == "cpu" and not self.cluster_environment.creates_processes_externally:
             check_cpu_processes("devices", self.num_processes)
-        launcher: Any = JobLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+        launcher: Any = JobLauncher(
+            self.cluster_environment, self.num_processes, self.num_nodes, self._timeout.total_seconds()
+        )
         self._launcher = launcher
 
     def set_world_ranks(self) -> None:
@@ -172,22 +181,18 @@ class ZeroStrategy(ParallelStrategy):
         device = self.root_device if self.root_device.type != "cpu" else None
         assert self.cluster_environment is not None
         _init_dist_connection(self.cluster_environment, self._backend, timeout=self._timeout, device_id=device)
-
-    def barrier(self, *args: Any, **kwargs: Any) -> None:
-        """Return once every rank has called this."""
-        process_group.barrier(self.root_device)
-
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
-        """Return rank ``src``'s ``obj`` on every rank."""
-        return process_group.broadcast_object(obj, src)
-
-    def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
-        """Reduce ``tensor`` over the data-parallel ranks; anything else is returned as it is."""
-        return (
-            _sync_ddp_if_available(tensor, group, reduce_op=reduce_op) if isinstance(tensor, torch.Tensor) else tensor
-        )
+        refuse_other_size(process_group.size(), self.num_nodes * self.num_processes)
+        self._roll_call = RollCall()
 
     # ---- setup
+
+    def check_units(self, module: torch.nn.Module) -> None:
+        """Refuse a choice of ``zero.units`` that does not fit ``module``, which may be on the meta device.
+
+        Raises:
+            ConfigError: naming what is not there.
+        """
+        plan_units(module, self.zero.units, Lowering(self.precision_policy))
 
     @contextlib.contextmanager
     def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
@@ -359,13 +364,29 @@ class ZeroStrategy(ParallelStrategy):
         return self._checkpoints
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Return the module's whole state dict on rank 0, ``{}`` on the others. All ranks must call this."""
-        return self.checkpoints.weights()
+        """Return what Lightning saves as ``state_dict``: :meth:`full_state_dict`, or with ``checkpoint="sharded"`` the
+        buffers alone, because every rank then writes its own part of the parameters. All ranks must call this.
+        """
+        return self.checkpoints.weights() if self.together() else {}
+
+    def full_state_dict(self) -> dict[str, Any]:
+        """Return the module's whole state dict in host memory on rank 0, ``{}`` on the others, whichever checkpoint
+        format is chosen. All ranks must call this.
+        """
+        return self.checkpoints.whole_weights()
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         """Return an optimizer's state dict as one process would have it, on rank 0. All ranks must call this."""
-        (binding,) = self.engine.bindings_of(bare(optimizer))
-        return self.checkpoints.optimizer(self.engine.bindings.index(binding))
+        if not self.together():
+            return {}
+        mine = bare(optimizer)
+        number = next((i for i, b in enumerate(self.engine.bindings) if b.optimizer is mine), None)
+        if number is None:
+            raise LitZeroError(
+                f"The Trainer still holds the {type(mine).__name__} of an earlier fit, but has run another module "
+                "since, whose weights it would be saved with. Save right after fit, or with weights_only=True."
+            )
+        return self.checkpoints.optimizer(number)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """Write a checkpoint. All ranks must call this."""
@@ -374,6 +395,12 @@ class ZeroStrategy(ParallelStrategy):
                 f"storage_options={storage_options!r} has no effect: ZeroStrategy writes checkpoints to file systems "
                 "itself. Remove it."
             )
+        if not self.together():
+            reason = "a rank has failed alone, and saving takes all of them. Earlier checkpoints are unharmed."
+            print(
+                f"lit_zero: rank {self.global_rank} does not save '{filepath}': {reason}", file=sys.stderr, flush=True
+            )
+            return
         self.checkpoints.save(checkpoint, filepath)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:

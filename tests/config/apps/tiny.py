@@ -39,7 +39,7 @@ class Tiny(pl.LightningModule):
     def _fail(self) -> None:
         rank, failure = self.global_rank, self.failure
         if failure == "all_raise":
-            raise ValueError("every rank finds the same mistake")
+            raise ValueError(f"every rank finds the same mistake, and this is rank {rank}")
         if rank == 1 and failure in ("rank1_raises", "rank0_sleeps", "rank0_is_stuck"):
             raise ValueError("rank 1 alone finds a mistake")
         if rank == 1 and failure == "rank1_is_killed":

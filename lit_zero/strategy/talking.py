@@ -1,0 +1,42 @@
+"""The small exchanges that Lightning asks of a strategy, and what becomes of them after an error."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lit_zero.comm import process_group
+from lit_zero.comm.roll_call import RollCall
+from lit_zero.strategy.flavour import ParallelStrategy, _sync_ddp_if_available
+
+
+class Talking(ParallelStrategy):
+    """Barrier, broadcast and reduce over all ranks.
+
+    [Note: a rank that has failed alone] Lightning calls ``on_exception``, where callbacks may save a checkpoint, on the
+    rank that has failed, while the others are in the middle of a step. Nothing that takes all ranks must begin there,
+    or both sides wait for ever. So once a run is interrupted, the ranks first find out whether all of them are.
+    """
+
+    _roll_call: RollCall | None = None  # from setup_environment on
+
+    def together(self) -> bool:
+        """Return whether ranks may wait for one another; see the note above."""
+        trainer = getattr(self.lightning_module, "_trainer", None)
+        return self._roll_call is None or trainer is None or not trainer.interrupted or self._roll_call.all_here()
+
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        """Return once every rank has called this."""
+        if self.together():
+            process_group.barrier(self.root_device)
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """Return rank ``src``'s ``obj`` on every rank."""
+        return process_group.broadcast_object(obj, src) if self.together() else obj
+
+    def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
+        """Reduce ``tensor`` over the data-parallel ranks; anything else is returned as it is."""
+        if not isinstance(tensor, torch.Tensor) or not self.together():
+            return tensor
+        return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op)
