@@ -12,7 +12,7 @@ reads only its part.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,10 +21,13 @@ from torch import nn
 from lit_zero.checkpoint import full, sharded
 from lit_zero.checkpoint.parts import OptimizerParts
 from lit_zero.checkpoint.policy import Checkpoint
+from lit_zero.checkpoint.weights import ShardedWeights, StoredWeights, put_back, take_out
 from lit_zero.comm.world import World
 from lit_zero.core.errors import CheckpointError, LitZeroError
+from lit_zero.core.piece import Piece
 from lit_zero.zero.engine import Engine
 from lit_zero.zero.policy import Placement
+from lit_zero.zero.rewriting import rewriting
 
 _OPTIMIZERS, _WEIGHTS = "optimizer_states", "state_dict"
 
@@ -67,14 +70,24 @@ class Checkpoints:
         """Return the module's state dict: whole on rank 0 in the full format, without the sharded parameters in the
         sharded one.
         """
+        return self.state_dict_of(self.engine.parameter_pieces(), {})
+
+    def state_dict_of(self, pieces: Sequence[Piece], others: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a state dict of the module with other values than it has, in the form of :meth:`weights`.
+
+        Args:
+            pieces: this rank's part of what stands in place of the parameters.
+            others: what stands in place of other entries, by name; where there is none, the module's own value does.
+        """
         engine = self.engine
         with self._unguarded():
-            template = self._module.state_dict()
-        managed = {piece.name for piece in engine.parameter_pieces()}
+            template = {name: others.get(name, value) for name, value in self._module.state_dict().items()}
         if self._policy.format == "sharded":
-            return {name: value for name, value in template.items() if engine.aliases.get(name, name) not in managed}
+            managed = {piece.name for piece in pieces}
+            rest = {name: value for name, value in template.items() if engine.aliases.get(name, name) not in managed}
+            return ShardedWeights(rest, pieces)
         world = World()
-        whole = full.collect(engine.parameter_pieces(), world)
+        whole = full.collect(pieces, world)
         if world.rank != 0:
             return {}
         return {name: whole.get(engine.aliases.get(name, name), value) for name, value in template.items()}
@@ -93,16 +106,18 @@ class Checkpoints:
             full.save(checkpoint, path, World())
             return
         engine = self.engine
-        extras = {key: value for key, value in checkpoint.items() if key not in (_WEIGHTS, _OPTIMIZERS)}
+        extras, further = take_out({k: v for k, v in checkpoint.items() if k not in (_WEIGHTS, _OPTIMIZERS)})
+        weights = checkpoint.get(_WEIGHTS, {})
         numbers = range(len(engine.bindings)) if _OPTIMIZERS in checkpoint else []
         sharded.save(
             path,
-            weights=engine.parameter_pieces(),
-            others=checkpoint.get(_WEIGHTS, {}),
+            weights=weights.pieces if isinstance(weights, ShardedWeights) else engine.parameter_pieces(),
+            others=weights,
             aliases=engine.aliases,
             optimizers=[self._parts(number) for number in numbers],
             extras=extras,
             world=World(),
+            further=further,
         )
 
     # ---- reading
@@ -113,7 +128,7 @@ class Checkpoints:
         if not sharded.is_sharded(path):
             return full.load(path, weights_only)
         self._opened = sharded.ShardedCheckpoint(path, World(), weights_only)
-        found = {**self._opened.extras(), _WEIGHTS: {}}
+        found = {**put_back(self._opened.extras(), self._opened), _WEIGHTS: {}}
         if self._opened.header.optimizers:
             found[_OPTIMIZERS] = [{}] * len(self._opened.header.optimizers)
         return found
@@ -123,26 +138,41 @@ class Checkpoints:
         if self._engine is None:
             self._waiting = (checkpoint, strict)
             return
-        engine = self._engine
+        # What lies in a folder counts, whatever a hook has made of the empty dict that stands for it.
+        self.take(checkpoint[_WEIGHTS] if self._opened is None else StoredWeights({}, self._opened), strict)
+
+    def take(self, weights: Mapping[str, Any], strict: bool) -> None:
+        """Make a state dict the module's parameters and buffers, now. All ranks must call this.
+
+        Args:
+            weights: as for :meth:`read`.
+            strict: as for :meth:`read`.
+        """
+        engine = self.engine
+        with rewriting(engine, whole=True):
+            rest = self.read(weights, engine.parameter_pieces(whole_if_replicated=True), strict)
+            with self._unguarded():
+                self._module.load_state_dict(rest, strict=False)
+
+    def read(self, weights: Mapping[str, Any], pieces: Sequence[Piece], strict: bool) -> dict[str, Any]:
+        """Read a state dict of the module into ``pieces``. All ranks must call this.
+
+        Args:
+            weights: ``state_dict``, or one that stands elsewhere in what :meth:`load` returned.
+            pieces: where this rank's part of the parameters goes.
+            strict: refuse names that only the module or only ``weights`` has.
+
+        Returns:
+            The entries that are no parameters.
+        """
         with self._unguarded():
             template = self._module.state_dict()
-        pieces = engine.parameter_pieces(whole_if_replicated=True)
-        managed = {piece.name for piece in pieces}
-        others = [name for name in template if engine.aliases.get(name, name) not in managed]
-        if self._opened is not None:
-            rest = self._opened.load_weights(pieces, others=others, aliases=engine.aliases, strict=strict)
-        else:
-            rest = full.load_into(
-                pieces,
-                checkpoint[_WEIGHTS],
-                others=others,
-                aliases=engine.aliases,
-                strict=strict,
-                where=self._path or _WEIGHTS,
-            )
-        with self._unguarded():
-            self._module.load_state_dict(rest, strict=False)
-        engine.refresh()
+        aliases, managed = self.engine.aliases, {piece.name for piece in pieces}
+        others = [name for name in template if aliases.get(name, name) not in managed]
+        if isinstance(weights, StoredWeights):
+            return weights.load_into(pieces, others=others, aliases=aliases, strict=strict)
+        where = self._path or _WEIGHTS
+        return full.load_into(pieces, weights, others=others, aliases=aliases, strict=strict, where=where)
 
     def load_optimizers(self, checkpoint: Mapping[str, Any]) -> None:
         """Read every optimizer's state and hyper-parameters.

@@ -12,7 +12,7 @@ from lit_zero.core.errors import UnsupportedError
 from lit_zero.strategy.flavour import TorchCheckpointIO, pl
 
 # They copy the whole module, or write to single parameters, in ways that shards do not see.
-_CALLBACKS = ("StochasticWeightAveraging", "WeightAveraging", "ModelPruning", "BaseFinetuning")
+_CALLBACKS = ("BaseFinetuning",)
 
 
 def refuse_unsupported(trainer: Any, module: pl.LightningModule) -> None:

@@ -17,6 +17,7 @@ from lit_zero.comm.policy import Comm
 from lit_zero.config.validate import check_cpu_processes
 from lit_zero.core.errors import ConfigError, LitZeroError, check_choice
 from lit_zero.precision.policy import Lowering, Precision
+from lit_zero.strategy.averaging import StochasticOnShards, WeightAveragingOnShards
 from lit_zero.strategy.checkpoints import Checkpoints
 from lit_zero.strategy.flavour import (
     ParallelStrategy,
@@ -29,7 +30,9 @@ from lit_zero.strategy.flavour import (
     reset_seed,
 )
 from lit_zero.strategy.launcher import JobLauncher, new_job
+from lit_zero.strategy.overlay import lay_over
 from lit_zero.strategy.precision import hold_with_skipped_steps, lowered_dtype, over_shards
+from lit_zero.strategy.pruning import PruningOnShards
 from lit_zero.strategy.refusals import (
     accumulates,
     refuse_no_optimizer,
@@ -38,6 +41,8 @@ from lit_zero.strategy.refusals import (
 )
 from lit_zero.zero.engine import Engine
 from lit_zero.zero.policy import Placement, Zero
+
+_CALLBACKS = (WeightAveragingOnShards, StochasticOnShards, PruningOnShards)
 
 
 class ZeroStrategy(ParallelStrategy):
@@ -165,6 +170,8 @@ class ZeroStrategy(ParallelStrategy):
         device = self.root_device if self.root_device.type != "cpu" else None
         assert self.cluster_environment is not None
         _init_dist_connection(self.cluster_environment, self._backend, timeout=self._timeout, device_id=device)
+        trainer: Any = self.lightning_module.trainer if self.lightning_module is not None else None
+        lay_over(self, trainer.callbacks, _CALLBACKS)
 
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         """Return once every rank has called this."""

@@ -12,13 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import (
-    BaseFinetuning,
-    EMAWeightAveraging,
-    ModelPruning,
-    StochasticWeightAveraging,
-    WeightAveraging,
-)
+from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.plugins.precision import Precision as LightningPrecision
 from torch import nn
 
@@ -158,10 +152,6 @@ def test_modules(ranks, tmp_path, module, kind, words):
         assert found.startswith(words)
 
 
-class OwnAverage(EMAWeightAveraging):
-    pass
-
-
 class Unfreezes(BaseFinetuning):
     def freeze_before_training(self, pl_module: pl.LightningModule) -> None:
         self.freeze(pl_module.model.blocks[0])
@@ -174,10 +164,6 @@ def refused_callback(kind: type, arguments: dict[str, Any], folder: Path) -> str
 @pytest.mark.parametrize(
     ("kind", "arguments"),
     [
-        (StochasticWeightAveraging, {"swa_lrs": 1e-2}),
-        (WeightAveraging, {}),
-        (OwnAverage, {}),
-        (ModelPruning, {"pruning_fn": "l1_unstructured"}),
         (Unfreezes, {}),
     ],
 )
