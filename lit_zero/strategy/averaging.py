@@ -125,9 +125,14 @@ class WeightAveragingOnShards(OnShards):
     _device: Any
     _use_buffers: bool
     _kwargs: dict[str, Any]
+    _latest_update_step: int
+    _latest_update_epoch: int
 
     def begin(self, trainer: Any, pl_module: Any) -> None:
         self._average_model, self._waiting = None, None
+        # A new Trainer counts steps from the start; Lightning would wait until there are more than in the one before.
+        self._latest_update_step = min(self._latest_update_step, trainer.global_step)
+        self._latest_update_epoch = min(self._latest_update_epoch, trainer.current_epoch - 1)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         _require_elementwise(self, self._kwargs)

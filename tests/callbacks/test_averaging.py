@@ -179,10 +179,12 @@ def check_same_averages(path: Path, other: Path) -> None:
     assert int(mine["averaging_state"]["n_averaged"]) == int(theirs["averaging_state"]["n_averaged"]) == 3
     assert mine["callbacks"]["EMAWeightAveraging"] == theirs["callbacks"]["EMAWeightAveraging"]
     for key in ("state_dict", "current_model_state"):
+        assert mine[key].keys() == theirs[key].keys()
+        mine[key] = {name: mine[key][name] for name in theirs[key]}  # consolidate puts buffers last
         assert distance(mine[key], theirs[key]) < 1e-6
         assert [value.dtype for value in mine[key].values()] == [value.dtype for value in theirs[key].values()]
     assert distance(mine["state_dict"], mine["current_model_state"]) > 1e-3
-    assert same_bits(dict(Buffered.load_from_checkpoint(path).state_dict()), mine["state_dict"])
+    assert same_bits(mine["state_dict"], dict(Buffered.load_from_checkpoint(path).state_dict()))
 
 
 @pytest.mark.parametrize(
@@ -231,6 +233,7 @@ def several_runs(fit: Fit, folder: Path) -> list[Any]:
         found.append((evaluated, again))
     torch.manual_seed(0)
     module, alone = fit.module(**fit.arguments), replace(fit, zero="auto", devices=1)
+    callback._latest_update_step = 0  # Lightning goes on counting where it was
     plain = make_trainer(alone, folder / "plain", callbacks=[callback])
     plain.fit(module, *loaders(alone))
     return [*found, dict(module.state_dict()), type(callback) is EMAWeightAveraging]
@@ -243,7 +246,8 @@ def test_one_callback_in_several_runs(ranks, tmp_path):
     assert distance(first, theirs.weights) < 1e-6 and distance(plain, theirs.weights) < 1e-6
     assert itself, "in a plain Trainer it is Lightning's own again"
     assert scores[0] == pytest.approx(theirs.column("val_loss")[-1], rel=1e-5) == pytest.approx(scores[1], rel=1e-5)
-    assert distance(second, first) > 1e-2
+    torch.manual_seed(1)
+    assert distance(second, dict(LitGPT().state_dict())) > 1e-2
     assert other_scores[0] == pytest.approx(other_scores[1], rel=1e-5)
 
 
