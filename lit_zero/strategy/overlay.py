@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 from lit_zero.core.errors import UnsupportedError
+from lit_zero.strategy.flavour import TrainerFn
 
 
 class OnShards:
@@ -35,7 +36,7 @@ class OnShards:
             self.__class__ = type(self).__bases__[1]
             self.setup(trainer, pl_module, stage)
             return
-        self._fitting = stage == "fit"
+        self._fitting = trainer.state.fn == TrainerFn.FITTING
         self.begin(trainer, pl_module)
 
     def begin(self, trainer: Any, pl_module: Any) -> None:

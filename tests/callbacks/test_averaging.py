@@ -21,6 +21,7 @@ from lit_zero.core.errors import UnsupportedError
 from tests.callbacks.harness import Buffered, Normalised, With, run, run_all, under
 from tests.pool import RankPool
 from tests.strategy.harness import STAGES, Fit, LitGPT, Outcome, distance, loaders, make_trainer, same_bits, train
+from tests.strategy.test_deferred import Deferred
 
 Ranks = Callable[[int], RankPool]
 
@@ -131,6 +132,16 @@ def test_swapping_in_inference_mode(ranks, tmp_path, staged, stage):
     forced = ranks(2).run(run_in_inference_mode, under(KINDS[0], stage), tmp_path)[0]
     assert same_bits(forced.weights, staged[stage][0][0].weights)
     assert forced.column("val_loss") == staged[stage][0][0].column("val_loss")
+
+
+def test_a_model_built_on_the_meta_device(ranks, tmp_path):
+    """Lightning's own would build the whole model on every rank; here it stays deferred."""
+    job = With(replace(FIT, module=Deferred), [EMA])
+    theirs = run(job, tmp_path / "alone")
+    jobs = [under(job, stage, look=size_of_average) for stage in ("stage2", "stage3")]
+    for mine in ranks(2).run(run_all, jobs, tmp_path)[0]:
+        assert distance(mine.weights, theirs.weights) < 1e-6
+        assert mine.notes[0] < 0.52 * mine.notes[1]
 
 
 # ---- checkpoints: in the form of Lightning's own, both ways
