@@ -1,16 +1,22 @@
-"""The exchange on CPU: ranks send to one another directly and add in rank order, beside the computation.
+"""The exchange on CPU: ranks read from or send to one another directly and add in rank order, beside the computation.
 
 gloo's own collectives are slow (its ``reduce_scatter`` is a clone, an all-reduce and a slice) and add in ring order.
-Here every rank sends each peer the part that the peer owns and adds what arrives in the order of the ranks, so a sum
-does not depend on who came first. One thread owns the exchange and takes the calls one after the other; the order of
-calls is the same on every rank, which is all the matching that messages need.
+Here every rank takes from each peer the part that it needs, and adds in the order of the ranks, so a sum does not
+depend on who came first. One thread owns the exchange and takes the calls one after the other; the order of calls is
+the same on every rank, which is all the matching that messages need.
+
+[Note: near and far peers] A peer of the same machine is *near*: its memory is read in place (``shared``), and messages
+carry only where to look. A call on memory that neighbours read goes in three steps: every rank tells its near peers
+where its part lies, which says at once that it is complete; every rank reads what it needs; every rank tells its near
+peers that it has read, and returns when all have told it: from then on it may overwrite its part. Far peers send the
+bytes themselves. Small values always travel as messages.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 
@@ -18,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 from lit_zero.comm.exchange import Done, Exchange, Gather, Reduce, Ticket, finish_sum
+from lit_zero.comm.shared import Address, Neighbour, Place, make_arena
 
 _CHUNK_BYTES = 1 << 18  # a sum works on chunks of this size: they stay in the cache between arriving and being added
 
@@ -33,16 +40,21 @@ class _Pending:
 
 
 class DirectExchange(Exchange):
-    """Gather and reduce by direct send and receive over a gloo group.
+    """Gather and reduce by shared memory and direct send and receive over a gloo group.
 
     Args:
         group: a gloo process group that nothing else uses.
         overlap: run the calls on a thread of their own; else each call returns when it is complete.
         reduce_dtype: 2-byte gradients are added in this dtype (``None``: in their own).
+        shared_memory: read the memory of ranks on the same machine; else send messages to all.
     """
 
     def __init__(
-        self, group: dist.ProcessGroup, overlap: bool = True, reduce_dtype: torch.dtype | None = torch.float32
+        self,
+        group: dist.ProcessGroup,
+        overlap: bool = True,
+        reduce_dtype: torch.dtype | None = torch.float32,
+        shared_memory: bool = True,
     ) -> None:
         super().__init__()
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
@@ -55,6 +67,15 @@ class DirectExchange(Exchange):
             # A daemon: a rank whose peer has died must be able to exit while this thread still waits for that peer.
             self._thread = threading.Thread(target=self._work, name="lit_zero-exchange", daemon=True)
             self._thread.start()
+        self._near: dict[int, Neighbour] = {}
+        self._arena = make_arena() if shared_memory else None
+        if shared_memory:
+            self._meet()
+
+    @property
+    def near(self) -> list[int]:
+        """The peers whose memory this rank reads."""
+        return list(self._near)
 
     def all_gather(self, lanes: Sequence[Gather]) -> Ticket:
         self.counters.gathers += 1
@@ -87,11 +108,72 @@ class DirectExchange(Exchange):
 
         self._submit(job).wait()
 
+    def zeros(self, numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        if not self._near or self._arena is None:
+            return super().zeros(numel, dtype, device)
+        return self._arena.allocate(numel * dtype.itemsize).view(dtype)
+
+    def borrow(self, size: int, device: torch.device) -> torch.Tensor:
+        if not self._near or self._arena is None:
+            return super().borrow(size, device)
+        return self._arena.allocate(size)
+
+    def give_back(self, buffer: torch.Tensor) -> None:
+        if self._near and self._arena is not None:
+            self._arena.give_back(buffer)
+
     def close(self) -> None:
         if self._thread is not None:
             self._jobs.put(None)
             self._thread.join(timeout=10)
             self._thread = None
+        self._near = {}
+        if self._arena is not None:
+            self._arena.close()
+
+    # ---- near peers
+
+    def _meet(self) -> None:
+        """Find out which peers are near: those that can open one another's memory, both ways."""
+        address = torch.zeros(4, dtype=torch.int64) if self._arena is None else self._arena.address.encode()
+        found = {}
+        for peer, other in enumerate(map(Address.decode, self._everyones(address))):
+            if peer != self.rank and other is not None and self._arena is not None:
+                try:
+                    found[peer] = Neighbour(other)
+                except OSError:
+                    continue
+        opened = torch.tensor([peer in found for peer in range(self.size)], dtype=torch.uint8)
+        mutual = self._everyones(opened)[:, self.rank].tolist()
+        self._near = {peer: found[peer] for peer in self._peers if peer in found and mutual[peer]}
+
+    def _places(self, tensors: Sequence[torch.Tensor]) -> list[Place]:
+        """Return where the tensors lie for near peers, nothing if one of them lies elsewhere. The same on every rank,
+        since all allocate alike.
+        """
+        if not self._near or self._arena is None:
+            return []
+        places = [self._arena.locate(tensor) for tensor in tensors]
+        return [] if None in places else [place for place in places if place is not None]
+
+    def _meeting(self, places: Sequence[Place]) -> dict[int, list[Place]]:
+        """Tell near peers where this rank's parts lie, and return where theirs do."""
+        mine = torch.tensor([(place.segment, place.offset) for place in places], dtype=torch.int64)
+        theirs = self._swap(mine)
+        return {peer: [Place(*place) for place in places.tolist()] for peer, places in theirs.items()}
+
+    def _swap(self, mine: torch.Tensor) -> dict[int, torch.Tensor]:
+        """Send a small tensor to every near peer and return theirs."""
+        theirs = {peer: torch.empty_like(mine) for peer in self._near}
+        works = [dist.irecv(value, group=self._group, group_src=peer) for peer, value in theirs.items()]
+        _wait([*works, *(dist.isend(mine, group=self._group, group_dst=peer) for peer in self._near)])
+        return theirs
+
+    def _part(self) -> None:
+        """Return when every near peer has read what it needed."""
+        self._swap(torch.zeros(1, dtype=torch.uint8))
+
+    # ---- calls, on the communication thread
 
     def _everyones(self, value: torch.Tensor) -> torch.Tensor:
         """Return every rank's ``value``, shape ``[world, *value.shape]``."""
@@ -102,40 +184,59 @@ class DirectExchange(Exchange):
         return full.view(self.size, *value.shape)
 
     def _gather(self, lanes: Sequence[Gather]) -> None:
+        places = self._places([lane.own for lane in lanes])
+        far = [peer for peer in self._peers if not places or peer not in self._near]
         works = []
         for lane in lanes:
             parts = lane.full.view(self.size, -1)
-            works += [dist.irecv(parts[peer], group=self._group, group_src=peer) for peer in self._peers]
-            works += [dist.isend(lane.own, group=self._group, group_dst=peer) for peer in self._peers]
+            works += [dist.irecv(parts[peer], group=self._group, group_src=peer) for peer in far]
+            works += [dist.isend(lane.own, group=self._group, group_dst=peer) for peer in far]
         for lane in lanes:
             mine = lane.full.view(self.size, -1)[self.rank]
             if mine.data_ptr() != lane.own.data_ptr():
                 mine.copy_(lane.own)
+        if places:
+            for peer, theirs in self._meeting(places).items():
+                for lane, place in zip(lanes, theirs, strict=True):
+                    part = self._near[peer].look(place, lane.own.numel(), lane.own.dtype)
+                    lane.full.view(self.size, -1)[peer].copy_(part)
+            self._part()
         _wait(works)
 
     def _reduce(self, lanes: Sequence[Reduce]) -> None:
-        for lane in lanes:
+        places = self._places([lane.full for lane in lanes])
+        near = self._meeting(places) if places else {}
+        for number, lane in enumerate(lanes):
             parts = lane.full.view(self.size, -1)  # [world, n]
-            self._sum(lane, parts)
-            if lane.whole:
-                self._gather([Gather(lane.full, lane.own)])
+            looks = {
+                peer: self._near[peer].look(theirs[number], lane.full.numel(), lane.full.dtype)
+                for peer, theirs in near.items()
+            }
+            self._sum(lane, parts, {peer: look.view(self.size, -1)[self.rank] for peer, look in looks.items()})
+        if places:
+            self._part()
+        whole = [Gather(lane.full, lane.own) for lane in lanes if lane.whole]
+        if whole:
+            self._gather(whole)
 
-    def _sum(self, lane: Reduce, parts: torch.Tensor) -> None:
-        """Add the ranks' parts, chunk by chunk: the next chunk arrives while this one is added, and little memory is
-        needed.
+    def _sum(self, lane: Reduce, parts: torch.Tensor, near: Mapping[int, torch.Tensor]) -> None:
+        """Add the ranks' parts, chunk by chunk: what far peers send for the next chunk arrives while this one is added,
+        and little memory is needed.
+
+        Args:
+            lane: what to sum.
+            parts: its ``full``, shape ``[world, n]``.
+            near: the parts of near peers, shape ``[n]``, in their memory.
         """
+        far = [peer for peer in self._peers if peer not in near]
         size = max(_CHUNK_BYTES // parts.element_size(), 1)
         chunks = [slice(first, min(first + size, parts.shape[1])) for first in range(0, parts.shape[1], size)]
         inboxes = [torch.empty(self.size, min(size, parts.shape[1]), dtype=parts.dtype) for _ in chunks[:2]]
-        sends = [
-            dist.isend(parts[peer, chunk], group=self._group, group_dst=peer)
-            for chunk in chunks
-            for peer in self._peers
-        ]
+        sends = [dist.isend(parts[peer, chunk], group=self._group, group_dst=peer) for chunk in chunks for peer in far]
 
         def receive(number: int) -> dict[int, tuple[dist.Work | None, torch.Tensor]]:
             chunk, inbox = chunks[number], inboxes[number % 2]
-            arriving = {peer: inbox[peer, : chunk.stop - chunk.start] for peer in self._peers}
+            arriving = {peer: inbox[peer, : chunk.stop - chunk.start] for peer in far}
             return {
                 peer: (dist.irecv(part, group=self._group, group_src=peer), part) for peer, part in arriving.items()
             }
@@ -143,27 +244,27 @@ class DirectExchange(Exchange):
         coming = receive(0)
         for number, chunk in enumerate(chunks):
             here, coming = coming, receive(number + 1) if number + 1 < len(chunks) else {}
-            own = lane.own[chunk]
+            own, scratch = lane.own[chunk], inboxes[number % 2][self.rank, : chunk.stop - chunk.start]
             total = None
             for rank in range(self.size):
-                if rank == self.rank:
-                    part = parts[rank, chunk]
-                else:
+                if rank in here:
                     work, part = here[rank]
                     _wait([work])
+                else:
+                    part = (near[rank] if rank in near else parts[rank])[chunk]
                 straight = rank == self.size - 1 and not lane.accumulate and own.dtype == part.dtype
-                total = part if total is None else self._add(total, part, out=own if straight else None)
+                total = part if total is None else self._add(total, part, out=own if straight else scratch)
             assert total is not None
             finish_sum(replace(lane, own=own), total)
         _wait(sends)
 
-    def _add(self, total: torch.Tensor, part: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
-        """Return ``total + part``, in ``out`` if given, else in ``total``; 2-byte gradients are added in the
-        reduction's dtype.
+    def _add(self, total: torch.Tensor, part: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """Return ``total + part``, in ``out`` or in memory of its own; 2-byte gradients are added in the reduction's
+        dtype.
         """
         if part.element_size() < 4 and self._reduce_dtype is not None:
             return total.to(self._reduce_dtype).add_(part.to(self._reduce_dtype))
-        return torch.add(total, part, out=total if out is None else out)
+        return torch.add(total, part, out=out)
 
     def _submit(self, job: Callable[[], None]) -> Ticket:
         if self._thread is None:

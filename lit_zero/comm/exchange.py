@@ -129,6 +129,17 @@ class Exchange:
     def broadcast(self, value: torch.Tensor) -> None:
         """Overwrite ``value`` with rank 0's, in place."""
 
+    def zeros(self, numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Return zeros, shape ``[numel]``, for good, where other ranks can get at them best. All ranks alike."""
+        return torch.zeros(numel, dtype=dtype, device=device)
+
+    def borrow(self, size: int, device: torch.device) -> torch.Tensor:
+        """Return a buffer of dtype uint8, shape ``[size]``, for a while. All ranks alike; its content is undefined."""
+        return torch.empty(size, dtype=torch.uint8, device=device)
+
+    def give_back(self, buffer: torch.Tensor) -> None:
+        """Take what ``borrow`` gave; no call on it is under way."""
+
     def close(self) -> None:
         """Wait for what is under way and end threads; the exchange is not used afterwards."""
 

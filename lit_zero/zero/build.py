@@ -69,8 +69,7 @@ def build_unit(
         Lane(
             sorted(run, key=lambda info: info.group),
             row,
-            exchange.rank,
-            exchange.size,
+            exchange,
             device,
             lowering.gradient_dtype(run[0].compute_dtype, run[0].master_dtype),
             hold,

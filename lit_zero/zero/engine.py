@@ -26,19 +26,19 @@ from torch.utils.hooks import RemovableHandle
 
 from lit_zero.comm.exchange import Exchange, Gather
 from lit_zero.core.errors import LitZeroError
-from lit_zero.core.nested import tensors_in
 from lit_zero.core.piece import ParamState, Piece
 from lit_zero.precision.policy import Lowering
 from lit_zero.zero.agreeing import Reach, SharedBuffers
-from lit_zero.zero.between import backward_is_running, when_all_known, when_reached
+from lit_zero.zero.between import backward_is_running
 from lit_zero.zero.binding import Binding, require_elementwise
 from lit_zero.zero.build import build_unit, fill_lanes, number_groups
 from lit_zero.zero.gathering import Gatherer
+from lit_zero.zero.hooks import Hooks
 from lit_zero.zero.lane import Lane, storage_bytes
 from lit_zero.zero.norms import grad_norm, scale_to_norm
 from lit_zero.zero.policy import Placement, Zero
 from lit_zero.zero.reducing import Reducer
-from lit_zero.zero.unit import Parameters, Parcel, Unit
+from lit_zero.zero.unit import Parameters, Unit
 from lit_zero.zero.units import plan_units
 
 
@@ -97,7 +97,8 @@ class Engine:
         self._reach = Reach(trainable, exchange, self.device)
         self._buffers = SharedBuffers(model, exchange, self.device)
         self._gradient_bytes = 0
-        self._install_hooks()
+        self._hooks = Hooks(self.units, self._gatherer, self._reducer, self._gradient_comes)
+        self._handles.append(model.register_forward_pre_hook(self._before_model, prepend=True))
 
     # ---- construction
 
@@ -113,17 +114,6 @@ class Engine:
         self._handles.append(optimizer.register_step_post_hook(lambda *_: self._stepped(binding)))
         return binding
 
-    def _install_hooks(self) -> None:
-        for unit in self.units:
-            if unit is not self.root:
-                self._hook_forward(unit)
-            for parcel in unit.parcels:
-                for lane in parcel.lanes:
-                    for index, info in enumerate(lane.infos):
-                        hook = self._landing_hook(parcel, lane, index)
-                        self._handles.append(info.param.register_post_accumulate_grad_hook(hook))
-        self._handles.append(self.model.register_forward_pre_hook(self._before_model, prepend=True))
-
     def _before_model(self, *_: Any) -> None:
         self.begin_forward(share_buffers=torch.is_grad_enabled())  # one rank may sample from the model by itself
 
@@ -135,17 +125,6 @@ class Engine:
             if isinstance(owner, cls):
                 return owner
         return None
-
-    def _hook_forward(self, unit: Unit) -> None:
-        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-            self._before_forward(unit, args, kwargs)
-
-        def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            self._after_forward(unit, output)
-
-        self._handles.append(unit.module.register_forward_pre_hook(before, prepend=True, with_kwargs=True))
-        if unit.sharded:
-            self._handles.append(unit.module.register_forward_hook(after, with_kwargs=True))
 
     def detach(self) -> None:
         """Give the module back: full parameters on every rank, no hooks. All ranks together."""
@@ -165,6 +144,7 @@ class Engine:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._hooks.remove()
         self.exchange.close()
 
     # ---- forward
@@ -186,30 +166,6 @@ class Engine:
         self._gatherer.need(self.root)
         if share_buffers:
             self._buffers.share()
-
-    def _before_forward(self, unit: Unit, args: Any, kwargs: Any) -> None:
-        if backward_is_running():  # a checkpointed segment runs again, inside the backward
-            unit.recomputed = True
-            self._gatherer.need(unit, recomputing=True)
-        else:
-            unit.calls += 1
-            if not unit.sharded:
-                self._gatherer.need(unit)
-                return
-            self._gatherer.forward_begins(unit)
-        if unit.sharded and torch.is_grad_enabled():
-            inputs = [t for t in chain(tensors_in(args), tensors_in(kwargs)) if t.requires_grad]
-            when_all_known(inputs, partial(self._gatherer.backward_ends, unit))
-
-    def _after_forward(self, unit: Unit, output: Any) -> None:
-        if torch.is_grad_enabled():
-            for tensor in tensors_in(output):
-                if tensor.requires_grad:
-                    when_reached(tensor, partial(self._gatherer.backward_begins, unit))
-        if backward_is_running():
-            self._gatherer.release(unit)
-        else:
-            self._gatherer.forward_ends(unit)
 
     # ---- backward
 
@@ -247,34 +203,10 @@ class Engine:
         finally:
             self._reducer.deferred = False
 
-    def _landing_hook(self, parcel: Parcel, lane: Lane, index: int) -> Callable[[torch.Tensor], None]:
-        unit = parcel.unit
-
-        def landed(param: torch.Tensor) -> None:
-            grad, param.grad = param.grad, None
-            assert grad is not None
-            if not self._in_backward:  # the user called loss.backward() without us
-                self.begin_backward()
-                torch.autograd.Variable._execution_engine.queue_callback(self.end_backward)
-            if grad.is_sparse:
-                raise LitZeroError(
-                    f"The gradient of {lane.infos[index].name!r} is sparse; lit_zero reduces dense gradients. Use "
-                    "nn.Embedding(..., sparse=False)."
-                )
-            if unit.sharded and not unit.brought and not unit.outer:
-                raise LitZeroError(
-                    f"The backward of {unit.title} ran while its parameters were not there, so "
-                    f"{lane.infos[index].name!r} got a wrong gradient: "
-                    "its output reaches the loss through an object that lit_zero cannot look into. Return tensors, "
-                    "containers or dataclasses of "
-                    "tensors from it, or keep it out of zero.units."
-                )
-            if self._reducer.land(parcel, lane, index, grad):
-                if unit.landed >= unit.expected and not unit.has_frozen:
-                    self._gatherer.backward_ends(unit)
-                self._reducer.complete(parcel)
-
-        return landed
+    def _gradient_comes(self) -> None:
+        if not self._in_backward:  # the user called loss.backward() without us
+            self.begin_backward()
+            torch.autograd.Variable._execution_engine.queue_callback(self.end_backward)
 
     # ---- step
 

@@ -48,7 +48,7 @@ class Gatherer:
 
     def _make_slots(self, count: int, device: torch.device) -> list[Slot]:
         def slot(size: int) -> Slot:
-            return Slot(torch.zeros(size, dtype=torch.uint8, device=device))
+            return Slot(self._exchange.zeros(size, torch.uint8, device))
 
         sharded = [u for u in self._units if u.sharded]
         inner = [u for u in sharded if not u.outer]

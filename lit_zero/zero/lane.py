@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from lit_zero.comm.exchange import Gather, Reduce
+from lit_zero.comm.exchange import Exchange, Gather, Reduce
 from lit_zero.core.layout import ALIGN_BYTES, FlatLayout, Overlap
 from lit_zero.zero.policy import Placement, Row
 
@@ -58,8 +58,7 @@ class Lane:
     Args:
         infos: the parameters, equal groups adjacent.
         row: the ZeRO stage.
-        rank: this rank.
-        world: number of ranks.
+        exchange: the ranks; gives the memory that they exchange.
         device: where the memory lies.
         gradient_dtype: dtype in which gradients wait for the step.
         hold: with several micro-batches, sum them locally and reduce once.
@@ -69,26 +68,26 @@ class Lane:
         self,
         infos: Sequence[ParamInfo],
         row: Row,
-        rank: int,
-        world: int,
+        exchange: Exchange,
         device: torch.device,
         gradient_dtype: torch.dtype,
         hold: bool,
     ) -> None:
         first = infos[0]
         self.infos = list(infos)
-        self.row, self.rank, self.device, self.hold = row, rank, device, hold
+        self.row, self.device, self.hold = row, device, hold
         self.compute_dtype, self.master_dtype, self.trainable = first.compute_dtype, first.master_dtype, first.trainable
         self.lowered = self.compute_dtype != self.master_dtype
         align = ALIGN_BYTES // min(self.compute_dtype.itemsize, self.master_dtype.itemsize)
-        self.layout = FlatLayout.pack([(i.name, tuple(i.param.shape), i.group) for i in infos], world, max(align, 1))
-        self.start, self.end = self.layout.shard(rank)
+        entries = [(info.name, tuple(info.param.shape), info.group) for info in infos]
+        self.layout = FlatLayout.pack(entries, exchange.size, max(align, 1))
+        self.start, self.end = self.layout.shard(exchange.rank)
         self.numel, self.shard_numel = self.layout.numel, self.layout.shard_numel
         self._gaps = _gaps(self.layout)
 
         self.full: torch.Tensor | None = None  # [P]
         if row.parameter is Placement.REPLICATE:
-            self.full = self._zeros(self.numel, self.compute_dtype)
+            self.full = exchange.zeros(self.numel, self.compute_dtype, device)
         # [P] or [P/N]; the elements of the lane that the optimizer updates on this rank
         self.master_start, self.master_end = (
             (0, self.numel) if row.optimizer is Placement.REPLICATE else (self.start, self.end)
@@ -96,7 +95,7 @@ class Lane:
         if self.full is not None and not self.lowered:
             self.master = self.full[self.master_start : self.master_end]
         else:
-            self.master = self._zeros(self.master_end - self.master_start, self.master_dtype)
+            self.master = exchange.zeros(self.master_end - self.master_start, self.master_dtype, device)
 
         self.gradient_dtype = gradient_dtype
         self.landing_dtype = gradient_dtype if hold else self.compute_dtype
@@ -110,15 +109,12 @@ class Lane:
         self.accumulated = False  # ``grad_own`` holds reduced gradients that were not dropped
         self._carry: torch.Tensor | None = None  # reduced gradients set aside while new ones land in their place
         if self.trainable:
-            self._allocate_gradients()
+            self._allocate_gradients(exchange)
 
-    def _zeros(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.zeros(numel, dtype=dtype, device=self.device)
-
-    def _allocate_gradients(self) -> None:
+    def _allocate_gradients(self, exchange: Exchange) -> None:
         if self.row.gradient is Placement.REPLICATE:
             self.landing_dtype = self.gradient_dtype
-            self.grad_full = self._zeros(self.numel, self.gradient_dtype)
+            self.grad_full = exchange.zeros(self.numel, self.gradient_dtype, self.device)
             self.set_landing(self.grad_full)
             if self.hold:
                 self.grad_own = self.grad_full[self.start : self.end]

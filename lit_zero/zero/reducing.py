@@ -117,7 +117,8 @@ class Reducer:
                 self.complete(parcel)
         while self._flying:
             self._land_oldest()
-        self._free.clear()
+        while self._free:
+            self._exchange.give_back(self._free.pop())
         if not self._order_learned:
             self._learn_order()
 
@@ -149,13 +150,13 @@ class Reducer:
     def _acquire(self, parcel: Parcel) -> torch.Tensor:
         """Return a landing buffer: a free one, a new one while there are few, else that of the oldest reduction."""
         if parcel.unit.outer:  # its size is its own
-            return self._lend(parcel, torch.empty(parcel.landing_bytes(), dtype=torch.uint8, device=self._device))
+            return self._lend(parcel, self._exchange.borrow(parcel.landing_bytes(), self._device))
         inner = sum(not p.unit.outer for p in self._lent)
         while not self._free and inner >= self.landing_buffers and self._flying:
             self._land_oldest()
         if self._free:
             return self._lend(parcel, self._free.pop())
-        return self._lend(parcel, torch.empty(self._size, dtype=torch.uint8, device=self._device))
+        return self._lend(parcel, self._exchange.borrow(self._size, self._device))
 
     def _lend(self, parcel: Parcel, buffer: torch.Tensor) -> torch.Tensor:
         self._lent[parcel] = buffer
@@ -170,5 +171,7 @@ class Reducer:
         if self._recycles:
             parcel.set_landing(None)
             buffer = self._lent.pop(parcel)
-            if not parcel.unit.outer:
+            if parcel.unit.outer:
+                self._exchange.give_back(buffer)
+            else:
                 self._free.append(buffer)

@@ -1,0 +1,119 @@
+"""What the engine hangs on the user's modules and parameters: what happens around a unit's forward, in its backward, and
+when a gradient is complete.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from lit_zero.core.errors import LitZeroError
+from lit_zero.core.nested import tensors_in
+from lit_zero.zero.between import backward_is_running, when_all_known, when_reached
+from lit_zero.zero.gathering import Gatherer
+from lit_zero.zero.lane import Lane
+from lit_zero.zero.reducing import Reducer
+from lit_zero.zero.unit import Parcel, Unit
+
+
+class Hooks:
+    """Brings units when their modules run and lands the gradients of their parameters, until it is removed.
+
+    Args:
+        units: all units, the root first; the root has no forward of its own.
+        gatherer: brings parameters and lets them go.
+        reducer: takes gradients in.
+        gradient_comes: called before every gradient: begins the backward that nobody has announced.
+    """
+
+    def __init__(
+        self, units: Sequence[Unit], gatherer: Gatherer, reducer: Reducer, gradient_comes: Callable[[], None]
+    ) -> None:
+        self._gatherer, self._reducer, self._gradient_comes = gatherer, reducer, gradient_comes
+        self._handles: list[RemovableHandle] = []
+        for number, unit in enumerate(units):
+            if number > 0:
+                self._hook_forward(unit)
+            for parcel in unit.parcels:
+                for lane in parcel.lanes:
+                    for index, info in enumerate(lane.infos):
+                        hook = self._landing_hook(parcel, lane, index)
+                        self._handles.append(info.param.register_post_accumulate_grad_hook(hook))
+
+    def remove(self) -> None:
+        """Take everything off again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    # ---- forward
+
+    def _hook_forward(self, unit: Unit) -> None:
+        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+            self._before_forward(unit, args, kwargs)
+
+        def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            self._after_forward(unit, output)
+
+        self._handles.append(unit.module.register_forward_pre_hook(before, prepend=True, with_kwargs=True))
+        if unit.sharded:
+            self._handles.append(unit.module.register_forward_hook(after, with_kwargs=True))
+
+    def _before_forward(self, unit: Unit, args: Any, kwargs: Any) -> None:
+        if backward_is_running():  # a checkpointed segment runs again, inside the backward
+            unit.recomputed = True
+            self._gatherer.need(unit, recomputing=True)
+        else:
+            unit.calls += 1
+            if not unit.sharded:
+                self._gatherer.need(unit)
+                return
+            self._gatherer.forward_begins(unit)
+        if unit.sharded and torch.is_grad_enabled():
+            inputs = [t for t in chain(tensors_in(args), tensors_in(kwargs)) if t.requires_grad]
+            when_all_known(inputs, partial(self._gatherer.backward_ends, unit))
+
+    def _after_forward(self, unit: Unit, output: Any) -> None:
+        if torch.is_grad_enabled():
+            for tensor in tensors_in(output):
+                if tensor.requires_grad:
+                    when_reached(tensor, partial(self._gatherer.backward_begins, unit))
+        if backward_is_running():
+            self._gatherer.release(unit)
+        else:
+            self._gatherer.forward_ends(unit)
+
+    # ---- backward
+
+    def _landing_hook(self, parcel: Parcel, lane: Lane, index: int) -> Callable[[torch.Tensor], None]:
+        unit = parcel.unit
+
+        def landed(param: torch.Tensor) -> None:
+            grad, param.grad = param.grad, None
+            assert grad is not None
+            self._gradient_comes()
+            if grad.is_sparse:
+                raise LitZeroError(
+                    f"The gradient of {lane.infos[index].name!r} is sparse; lit_zero reduces dense gradients. Use "
+                    "nn.Embedding(..., sparse=False)."
+                )
+            if unit.sharded and not unit.brought and not unit.outer:
+                raise LitZeroError(
+                    f"The backward of {unit.title} ran while its parameters were not there, so "
+                    f"{lane.infos[index].name!r} got a wrong gradient: "
+                    "its output reaches the loss through an object that lit_zero cannot look into. Return tensors, "
+                    "containers or dataclasses of "
+                    "tensors from it, or keep it out of zero.units."
+                )
+            if self._reducer.land(parcel, lane, index, grad):
+                if unit.landed >= unit.expected and not unit.has_frozen:
+                    self._gatherer.backward_ends(unit)
+                self._reducer.complete(parcel)
+
+        return landed
