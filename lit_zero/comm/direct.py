@@ -196,8 +196,9 @@ class DirectExchange(Exchange):
 
     def _everyones(self, value: torch.Tensor) -> torch.Tensor:
         """Return every rank's ``value``, shape ``[world, *value.shape]``."""
-        full = torch.empty(self.size * value.numel(), dtype=value.dtype)
-        own = value.detach().reshape(-1).clone()
+        with torch.inference_mode(False):  # they are written to in another thread, which is not in that mode
+            full = torch.empty(self.size * value.numel(), dtype=value.dtype)
+            own = value.detach().reshape(-1).clone()
         self._submit(lambda: self._gather([Gather(full, own)])).wait()
         return full.view(self.size, *value.shape)
 

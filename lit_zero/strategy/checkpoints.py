@@ -12,7 +12,7 @@ reads only its part.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,12 +21,15 @@ from torch import nn
 from lit_zero.checkpoint import full, sharded
 from lit_zero.checkpoint.parts import OptimizerParts, check_groups
 from lit_zero.checkpoint.policy import Checkpoint
+from lit_zero.checkpoint.weights import ShardedWeights, StoredWeights, put_back, take_out
 from lit_zero.comm.world import World
 from lit_zero.core.errors import CheckpointError, LitZeroError, check_local
+from lit_zero.core.piece import Piece
 from lit_zero.strategy.entries import Entries, entries_of
 from lit_zero.strategy.guard import Guard
 from lit_zero.zero.engine import Engine
 from lit_zero.zero.policy import Placement
+from lit_zero.zero.rewriting import rewriting
 
 _OPTIMIZERS, _WEIGHTS = "optimizer_states", "state_dict"
 
@@ -70,18 +73,35 @@ class Checkpoints:
         """Return what Lightning puts into a checkpoint: :meth:`whole_weights` in the full format, the entries that are
         no parameters in the sharded one.
         """
-        return self._entries().others if self._policy.format == "sharded" else self.whole_weights()
+        return self.state_dict_of(self.engine.parameter_pieces(), {})
+
+    def state_dict_of(self, pieces: Sequence[Piece], others: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a state dict of the module with other values than it has, in the form of :meth:`weights`.
+
+        Args:
+            pieces: this rank's part of what stands in place of the parameters.
+            others: what stands in place of other entries, by name; where there is none, the module's own value does.
+        """
+        entries = self._entries()
+        rest = {key: others.get(key, value) for key, value in entries.others.items()}
+        if self._policy.format == "sharded":
+            return ShardedWeights(rest, entries.pieces(pieces))
+        return self._collected(entries, pieces, rest)
 
     def whole_weights(self) -> dict[str, Any]:
         """Return the module's whole state dict on rank 0, ``{}`` on the others, in either format. All ranks must call
         this.
         """
-        entries, world = self._entries(), World()
-        whole = full.collect(self.engine.parameter_pieces(), world)
+        entries = self._entries()
+        return self._collected(entries, self.engine.parameter_pieces(), entries.others)
+
+    def _collected(self, entries: Entries, pieces: Sequence[Piece], rest: Mapping[str, Any]) -> dict[str, Any]:
+        world = World()
+        whole = full.collect(pieces, world)
         if world.rank != 0:
             return {}
         own = {key: whole[name] for key, name in entries.sources.items()}
-        return {key: own[key] if key in own else entries.others[key] for key in entries.keys}
+        return {key: own[key] if key in own else rest[key] for key in entries.keys}
 
     def optimizer(self, number: int) -> dict[str, Any]:
         """Return optimizer ``number``'s state dict as torch saves it: on rank 0 in the full format, empty in the
@@ -102,16 +122,19 @@ class Checkpoints:
             full.save(checkpoint, path, World())
             return
         engine, entries = self.engine, self._entries()
-        extras = {key: value for key, value in checkpoint.items() if key not in (_WEIGHTS, _OPTIMIZERS)}
+        extras, further = take_out({k: v for k, v in checkpoint.items() if k not in (_WEIGHTS, _OPTIMIZERS)})
+        weights = checkpoint.get(_WEIGHTS, {})
         numbers = range(len(engine.bindings)) if _OPTIMIZERS in checkpoint else []
+        mine = weights.pieces if isinstance(weights, ShardedWeights) else entries.pieces(engine.parameter_pieces())
         sharded.save(
             path,
-            weights=entries.pieces(engine.parameter_pieces()),
-            others=checkpoint.get(_WEIGHTS, {}),
+            weights=mine,
+            others=weights,
             aliases=entries.aliases,
             optimizers=[self._parts(number) for number in numbers],
             extras=extras,
             world=World(),
+            further=further,
         )
 
     # ---- reading
@@ -127,7 +150,7 @@ class Checkpoints:
         if not sharded.is_sharded(path):
             return full.load(path, weights_only)
         self._opened = sharded.ShardedCheckpoint(path, World(), weights_only)
-        found = {**self._opened.extras(), _WEIGHTS: {}}
+        found = {**put_back(self._opened.extras(), self._opened), _WEIGHTS: {}}
         if self._opened.header.optimizers:
             found[_OPTIMIZERS] = [{}] * len(self._opened.header.optimizers)
         return found
@@ -137,23 +160,39 @@ class Checkpoints:
         if self._engine is None:
             self._waiting = (checkpoint, strict)
             return
-        engine, entries = self._engine, self._entries()
-        pieces = entries.pieces(engine.parameter_pieces(whole_if_replicated=True))
-        others, aliases = list(entries.others), entries.aliases
-        if self._opened is not None:
-            rest = self._opened.load_weights(pieces, others=others, aliases=aliases, strict=strict)
-        else:
-            rest = full.load_into(
-                pieces,
-                checkpoint[_WEIGHTS],
-                others=others,
-                aliases=aliases,
-                strict=strict,
-                where=self._path or _WEIGHTS,
-            )
-        with self._unguarded():
-            self._module.load_state_dict(rest, strict=False)
-        engine.refresh()
+        # What lies in a folder counts, whatever a hook has made of the empty dict that stands for it.
+        self.take(checkpoint[_WEIGHTS] if self._opened is None else StoredWeights({}, self._opened), strict)
+
+    def take(self, weights: Mapping[str, Any], strict: bool) -> None:
+        """Make a state dict the module's parameters and buffers, now. All ranks must call this.
+
+        Args:
+            weights: as for :meth:`read`.
+            strict: as for :meth:`read`.
+        """
+        engine = self.engine
+        with rewriting(engine, whole=True):
+            rest = self.read(weights, engine.parameter_pieces(whole_if_replicated=True), strict)
+            with self._unguarded():
+                self._module.load_state_dict(rest, strict=False)
+
+    def read(self, weights: Mapping[str, Any], pieces: Sequence[Piece], strict: bool) -> dict[str, Any]:
+        """Read a state dict of the module into ``pieces``. All ranks must call this.
+
+        Args:
+            weights: ``state_dict``, or one that stands elsewhere in what :meth:`load` returned.
+            pieces: where this rank's part of the parameters goes.
+            strict: refuse names that only the module or only ``weights`` has.
+
+        Returns:
+            The entries that are no parameters.
+        """
+        entries = self._entries()
+        pieces, others, aliases = entries.pieces(pieces), list(entries.others), entries.aliases
+        if isinstance(weights, StoredWeights):
+            return weights.load_into(pieces, others=others, aliases=aliases, strict=strict)
+        where = self._path or _WEIGHTS
+        return full.load_into(pieces, weights, others=others, aliases=aliases, strict=strict, where=where)
 
     def load_optimizers(self, checkpoint: Mapping[str, Any]) -> None:
         """Read every optimizer's state and hyper-parameters.

@@ -12,7 +12,6 @@ from lit_zero.core.errors import ConfigError, UnsupportedError, check_local
 from lit_zero.strategy.flavour import TorchCheckpointIO
 
 # They copy the whole module, or write to single parameters, in ways that shards do not see.
-_CALLBACKS = ("StochasticWeightAveraging", "WeightAveraging", "ModelPruning")
 _SAME_DEVICES = (
     "Give every Trainer of a script the same devices and num_nodes, or train with another number in a script of its "
     "own."
@@ -36,12 +35,6 @@ def refuse_unsupported(trainer: Any) -> None:
             check_local(
                 f"{type(callback).__name__}.dirpath (by default below Trainer.default_root_dir)", callback.dirpath
             )
-        for name in _CALLBACKS:
-            if is_a(callback, name):
-                raise UnsupportedError(
-                    f"The callback {type(callback).__name__} does not work with ZeroStrategy yet: it works on whole "
-                    "parameters. Remove it, or use strategy='ddp'."
-                )
 
 
 def refuse_other_devices(kind: str, backend: str | None) -> None:

@@ -20,6 +20,7 @@ from lit_zero.config.validate import check_cpu_processes
 from lit_zero.core.errors import ConfigError, LitZeroError, check_choice
 from lit_zero.precision.policy import Lowering, Precision
 from lit_zero.strategy.arguments import duration, instance
+from lit_zero.strategy.averaging import StochasticOnShards, WeightAveragingOnShards
 from lit_zero.strategy.checkpoints import Checkpoints
 from lit_zero.strategy.finetuning import name_groups
 from lit_zero.strategy.flavour import (
@@ -32,7 +33,9 @@ from lit_zero.strategy.flavour import (
 )
 from lit_zero.strategy.launcher import JobLauncher, new_job
 from lit_zero.strategy.manual import toggle_parameters, untouched
+from lit_zero.strategy.overlay import lay_over
 from lit_zero.strategy.precision import bare, hold_with_skipped_steps, lowered_dtype, over_shards
+from lit_zero.strategy.pruning import PruningOnShards
 from lit_zero.strategy.refusals import (
     refuse_no_optimizer,
     refuse_other_devices,
@@ -46,6 +49,8 @@ from lit_zero.zero.access import Access
 from lit_zero.zero.engine import Engine
 from lit_zero.zero.policy import Placement, Zero
 from lit_zero.zero.units import plan_units
+
+_CALLBACKS = (WeightAveragingOnShards, StochasticOnShards, PruningOnShards)
 
 
 class ZeroStrategy(Talking):
@@ -183,6 +188,8 @@ class ZeroStrategy(Talking):
         _init_dist_connection(self.cluster_environment, self._backend, timeout=self._timeout, device_id=device)
         refuse_other_size(process_group.size(), self.num_nodes * self.num_processes)
         self._roll_call = RollCall()
+        trainer: Any = self.lightning_module.trainer if self.lightning_module is not None else None
+        lay_over(self, trainer.callbacks, _CALLBACKS)
 
     # ---- setup
 

@@ -300,6 +300,11 @@ class Engine:
             self._gatherer.invalidate(set(changed))
             self._gatherer.refresh_replicated()
 
+    def settle(self) -> None:
+        """Wait for gathers under way; what they have brought counts as old."""
+        if self.row.optimizer is Placement.SHARD:
+            self._gatherer.invalidate(set(self.lanes))
+
     def bindings_of(self, optimizer: torch.optim.Optimizer | None) -> list[Binding]:
         """Return what stands for ``optimizer``, in a list; for ``None`` all.
 

@@ -13,14 +13,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import (
-    BaseFinetuning,
-    EMAWeightAveraging,
-    ModelCheckpoint,
-    ModelPruning,
-    StochasticWeightAveraging,
-    WeightAveraging,
-)
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.plugins.precision import Precision as LightningPrecision
 from torch import nn
@@ -110,12 +103,6 @@ def test_a_rank_that_saves_alone(ranks, tmp_path):
 # ---- what is not supported
 
 
-class Manual(LitGPT):
-    def __init__(self, **arguments: Any) -> None:
-        super().__init__(**arguments)
-        self.automatic_optimization = False
-
-
 class Several(LitGPT):
     def configure_optimizers(self) -> Any:
         return [torch.optim.SGD(part.parameters(), 0.1) for part in (self.model.blocks, self.model.norm)]
@@ -139,12 +126,6 @@ class Matrices(LitGPT):
 @pytest.mark.parametrize(
     ("module", "kind", "words"),
     [
-        (
-            Manual,
-            UnsupportedError,
-            "Manual uses manual optimization (automatic_optimization=False), which ZeroStrategy does not support yet. "
-            "Use automatic optimization, or strategy='ddp'.",
-        ),
         (Several, RuntimeError, "Training with multiple optimizers is only supported with manual optimization."),
         (
             Without,
@@ -159,37 +140,6 @@ class Matrices(LitGPT):
 def test_modules(ranks, tmp_path, module, kind, words):
     for found in ranks(2).run(refused, replace(FIT, module=module), tmp_path, kind):
         assert found.startswith(words)
-
-
-class OwnAverage(EMAWeightAveraging):
-    pass
-
-
-class Unfreezes(BaseFinetuning):
-    def freeze_before_training(self, pl_module: pl.LightningModule) -> None:
-        self.freeze(pl_module.model.blocks[0])
-
-
-def refused_callback(kind: type, arguments: dict[str, Any], folder: Path) -> str:
-    return refused(replace(FIT, trainer={"callbacks": [kind(**arguments)]}), folder, UnsupportedError)
-
-
-@pytest.mark.parametrize(
-    ("kind", "arguments"),
-    [
-        (StochasticWeightAveraging, {"swa_lrs": 1e-2}),
-        (WeightAveraging, {}),
-        (OwnAverage, {}),
-        (ModelPruning, {"pruning_fn": "l1_unstructured"}),
-        (Unfreezes, {}),
-    ],
-)
-def test_callbacks(ranks, tmp_path, kind, arguments):
-    for found in ranks(2).run(refused_callback, kind, arguments, tmp_path):
-        assert found == (
-            f"The callback {kind.__name__} does not work with ZeroStrategy yet: it works on whole parameters. Remove "
-            "it, or use strategy='ddp'."
-        )
 
 
 class OwnPrecision(LightningPrecision):
