@@ -19,7 +19,6 @@ from lit_zero.core.errors import ConfigError, LitZeroError, check_choice
 from lit_zero.precision.policy import Lowering, Precision
 from lit_zero.strategy.checkpoints import Checkpoints
 from lit_zero.strategy.flavour import (
-    ParallelStrategy,
     TrainerFn,
     _init_dist_connection,
     _sync_ddp_if_available,
@@ -29,6 +28,7 @@ from lit_zero.strategy.flavour import (
     reset_seed,
 )
 from lit_zero.strategy.launcher import JobLauncher, new_job
+from lit_zero.strategy.loading import Loading
 from lit_zero.strategy.precision import hold_with_skipped_steps, lowered_dtype, over_shards
 from lit_zero.strategy.refusals import (
     accumulates,
@@ -40,7 +40,7 @@ from lit_zero.zero.engine import Engine
 from lit_zero.zero.policy import Placement, Zero
 
 
-class ZeroStrategy(ParallelStrategy):
+class ZeroStrategy(Loading):
     """Trains a LightningModule with its model states sharded over the ranks; results equal those of one process.
 
     ``Trainer(strategy=ZeroStrategy("stage3"))``, or by name once lit_zero is imported: ``Trainer(strategy="zero3")``.
@@ -56,6 +56,8 @@ class ZeroStrategy(ParallelStrategy):
             ``16-mixed``, where the loss scaler skips the step). ``"ignore"``: train on, as Lightning does.
         timeout: seconds, or a timedelta, that a collective waits for a rank that does not come.
         process_group_backend: ``"gloo"``, ``"nccl"`` or ``"cpu:gloo,cuda:nccl"``; by default what serves the device.
+        evaluation: ``"once"``: every sample of an evaluation counts once, however many ranks there are.
+            ``"lightning"``: data is divided as Lightning does by itself, which repeats samples to even the ranks out.
         kwargs: what Lightning passes to every parallel strategy (``accelerator``, ``parallel_devices``,
             ``cluster_environment``, ...).
 
@@ -76,10 +78,11 @@ class ZeroStrategy(ParallelStrategy):
         nonfinite_loss: Literal["error", "ignore"] = "error",
         timeout: float | timedelta = 1800.0,
         process_group_backend: str | None = None,
+        evaluation: Literal["once", "lightning"] = "once",
         **kwargs: Any,
     ) -> None:
         new_job()
-        super().__init__(**kwargs)
+        super().__init__(evaluation, **kwargs)
         self.zero = Zero(zero) if isinstance(zero, str) else _instance("zero", zero, Zero)
         self.precision_policy = _instance("precision", precision or Precision(), Precision)
         self.comm = _instance("comm", comm or Comm(), Comm)
@@ -176,9 +179,12 @@ class ZeroStrategy(ParallelStrategy):
 
     def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
         """Reduce ``tensor`` over the data-parallel ranks; anything else is returned as it is."""
-        return (
-            _sync_ddp_if_available(tensor, group, reduce_op=reduce_op) if isinstance(tensor, torch.Tensor) else tensor
-        )
+        if not isinstance(tensor, torch.Tensor):
+            return tensor
+        if reduce_op in ("mean", "avg") and not (tensor.is_floating_point() or tensor.is_complex()):
+            # Lightning rounds a mean of integers down, and weighs what is logged by such a mean of batch sizes.
+            tensor = tensor.to(torch.promote_types(torch.get_default_dtype(), torch.float32))
+        return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op)
 
     # ---- setup
 
@@ -270,17 +276,17 @@ class ZeroStrategy(ParallelStrategy):
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the user's ``validation_step``."""
-        self.engine.begin_forward()
+        self.engine.begin_forward(self.is_first_step)
         return super().validation_step(*args, **kwargs)
 
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the user's ``test_step``."""
-        self.engine.begin_forward()
+        self.engine.begin_forward(self.is_first_step)
         return super().test_step(*args, **kwargs)
 
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the user's ``predict_step``."""
-        self.engine.begin_forward()
+        self.engine.begin_forward(self.is_first_step)
         return super().predict_step(*args, **kwargs)
 
     def pre_backward(self, closure_loss: torch.Tensor) -> None:

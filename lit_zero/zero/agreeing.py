@@ -22,20 +22,37 @@ class SharedBuffers:
 
     def __init__(self, model: nn.Module, exchange: Exchange, device: torch.device) -> None:
         self._model, self._exchange, self._device = model, exchange, device
-        self._versions = self._now()
+        self._seen = self._now()
+        self._told = True  # versions tell of every change; in inference mode they do not
 
     def share(self) -> None:
         """Send rank 0's buffers to all if a buffer has changed on any rank. All ranks together."""
-        if self._exchange.size == 1 or not self._versions:
+        if self._exchange.size == 1 or not self._seen:
             return
-        changed = torch.tensor([self._now() != self._versions], dtype=torch.uint8, device=self._device)
+        now = self._now()
+        same = len(now) == len(self._seen) and all(
+            one is other and version == before for (one, version), (other, before) in zip(now, self._seen, strict=True)
+        )
+        changed = torch.tensor([not (same and self._told)], dtype=torch.uint8, device=self._device)
         if bool(self._exchange.maximum(changed).item()):
+            if not torch.is_inference_mode_enabled():
+                self._leave_inference_mode()
             for buffer in self._model.buffers():
                 self._exchange.broadcast(buffer.data)
-        self._versions = self._now()
+        self._seen, self._told = self._now(), not torch.is_inference_mode_enabled()
 
-    def _now(self) -> list[int]:
-        return [0 if buffer.is_inference() else buffer._version for buffer in self._model.buffers()]
+    def _now(self) -> list[tuple[torch.Tensor, int]]:
+        # The tensors themselves, since a module may put a new one in a buffer's place, whose version may be that of the
+        # old one. Tensors made in inference mode have no version.
+        return [(buffer, -1 if buffer.is_inference() else buffer._version) for buffer in self._model.buffers()]
+
+    def _leave_inference_mode(self) -> None:
+        """Put copies in the place of buffers that an evaluation has made, which could not be written to any more."""
+        copies: dict[torch.Tensor, torch.Tensor] = {}
+        for module in self._model.modules():
+            for key, buffer in module._buffers.items():
+                if buffer is not None and buffer.is_inference():
+                    module._buffers[key] = copies.setdefault(buffer, buffer.clone())
 
 
 class Reach:
