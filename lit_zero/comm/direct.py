@@ -78,14 +78,21 @@ class DirectExchange(Exchange):
         return self._everyones(value).amax(0)
 
     def broadcast(self, value: torch.Tensor) -> None:
+        wire = value
+        if value.is_inference():  # the communication thread may not write to it
+            with torch.inference_mode(False):
+                wire = value.clone()
+
         def job() -> None:
             if self.rank == 0:
-                works = [dist.isend(value, group=self._group, group_dst=peer) for peer in self._peers]
+                works = [dist.isend(wire, group=self._group, group_dst=peer) for peer in self._peers]
             else:
-                works = [dist.irecv(value, group=self._group, group_src=0)]
+                works = [dist.irecv(wire, group=self._group, group_src=0)]
             _wait(works)
 
         self._submit(job).wait()
+        if wire is not value:
+            value.copy_(wire)
 
     def close(self) -> None:
         if self._thread is not None:
@@ -95,8 +102,9 @@ class DirectExchange(Exchange):
 
     def _everyones(self, value: torch.Tensor) -> torch.Tensor:
         """Return every rank's ``value``, shape ``[world, *value.shape]``."""
-        full = torch.empty(self.size * value.numel(), dtype=value.dtype)
-        own = value.detach().reshape(-1).clone()
+        with torch.inference_mode(False):  # or the communication thread, which is not in it, may not write to them
+            full = torch.empty(self.size * value.numel(), dtype=value.dtype)
+            own = value.detach().reshape(-1).clone()
         self._submit(lambda: self._gather([Gather(full, own)])).wait()
         return full.view(self.size, *value.shape)
 
