@@ -105,7 +105,9 @@ class DirectExchange(Exchange):
         return self._everyones(value).amax(0)
 
     def broadcast(self, value: torch.Tensor) -> None:
-        wire = value.contiguous()  # what is sent and received into must lie in one piece
+        with torch.inference_mode(False):  # the communication thread may not write to what is made in that mode
+            # What is sent and received into must lie in one piece.
+            wire = value.clone() if value.is_inference() else value.contiguous()
 
         def job() -> None:
             if self.rank == 0:

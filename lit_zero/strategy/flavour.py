@@ -15,9 +15,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import lightning.pytorch as pl
     from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment, TorchCheckpointIO
-    from lightning.fabric.utilities.distributed import _init_dist_connection, _sync_ddp_if_available
+    from lightning.fabric.utilities.data import _set_sampler_epoch
+    from lightning.fabric.utilities.distributed import (
+        DistributedSamplerWrapper,
+        _init_dist_connection,
+        _sync_ddp_if_available,
+    )
     from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
     from lightning.fabric.utilities.seed import reset_seed
+    from lightning.pytorch.callbacks import BasePredictionWriter
+    from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSamplerWrapper, _IndexBatchSamplerWrapper
     from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
     from lightning.pytorch.strategies import StrategyRegistry
     from lightning.pytorch.strategies.parallel import ParallelStrategy
@@ -36,9 +43,17 @@ else:
 
     pl = import_module(_PL)
     _take(f"{_FABRIC}.plugins", "CheckpointIO", "ClusterEnvironment", "TorchCheckpointIO")
-    _take(f"{_FABRIC}.utilities.distributed", "_init_dist_connection", "_sync_ddp_if_available")
+    _take(f"{_FABRIC}.utilities.data", "_set_sampler_epoch")
+    _take(
+        f"{_FABRIC}.utilities.distributed",
+        "DistributedSamplerWrapper",
+        "_init_dist_connection",
+        "_sync_ddp_if_available",
+    )
     _take(f"{_FABRIC}.utilities.seed", "reset_seed")
     fabric_rank_zero_only = import_module(f"{_FABRIC}.utilities.rank_zero").rank_zero_only
+    _take(f"{_PL}.callbacks", "BasePredictionWriter")
+    _take(f"{_PL}.overrides.distributed", "UnrepeatedDistributedSamplerWrapper", "_IndexBatchSamplerWrapper")
     _take(f"{_PL}.plugins.precision", "DoublePrecision", "HalfPrecision", "MixedPrecision", "Precision")
     _take(f"{_PL}.strategies", "StrategyRegistry")
     _take(f"{_PL}.strategies.parallel", "ParallelStrategy")
@@ -46,8 +61,10 @@ else:
     _take(f"{_PL}.utilities.rank_zero", "rank_zero_only", "rank_zero_warn")
 
 __all__ = [
+    "BasePredictionWriter",
     "CheckpointIO",
     "ClusterEnvironment",
+    "DistributedSamplerWrapper",
     "DoublePrecision",
     "HalfPrecision",
     "MixedPrecision",
@@ -56,7 +73,10 @@ __all__ = [
     "StrategyRegistry",
     "TorchCheckpointIO",
     "TrainerFn",
+    "UnrepeatedDistributedSamplerWrapper",
+    "_IndexBatchSamplerWrapper",
     "_init_dist_connection",
+    "_set_sampler_epoch",
     "_sync_ddp_if_available",
     "fabric_rank_zero_only",
     "pl",

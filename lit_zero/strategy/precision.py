@@ -53,11 +53,11 @@ class _AgreeingScaler(torch.amp.GradScaler):
     """A loss scaler on which all ranks agree: one rank's overflow skips the step everywhere.
 
     Attributes:
-        skipped: the last step was skipped.
+        skipped: by the id of each optimizer: its last step was skipped.
     """
 
     _engine: Callable[[], Engine]
-    skipped = False
+    skipped: dict[int, bool]
 
     def _unscale_grads_(
         self, optimizer: Any, inv_scale: Any, found_inf: Any, allow_fp16: bool
@@ -67,7 +67,7 @@ class _AgreeingScaler(torch.amp.GradScaler):
         engine = self._engine()
         flag = next(iter(found.values())) if found else torch.zeros(1, device=engine.device)
         flag = engine.exchange.maximum(flag)
-        self.skipped = bool(flag.item())
+        self.skipped[id(optimizer)] = bool(flag.item())
         return {flag.device: flag}
 
 
@@ -100,7 +100,7 @@ def over_shards(plugin: Precision, engine: Callable[[], Engine], strict: bool) -
     if scaler is not None:
         covered.scaler = object.__new__(_AgreeingScaler)
         covered.scaler.__dict__.update(vars(scaler))
-        covered.scaler._engine = engine
+        covered.scaler._engine, covered.scaler.skipped = engine, {}
     result: Precision = covered
     return result
 
@@ -118,7 +118,7 @@ def lowered_dtype(plugin: Precision) -> torch.dtype | None:
 
 
 def hold_with_skipped_steps(scheduler: Any, plugin: Precision) -> None:
-    """Let ``scheduler`` stand still when the loss scaler has skipped the step.
+    """Let ``scheduler`` stand still when the loss scaler has skipped its optimizer's step.
 
     The scheduler gets a class of the same name whose ``step`` looks first; its state, which goes into checkpoints, is
     untouched.
@@ -129,7 +129,8 @@ def hold_with_skipped_steps(scheduler: Any, plugin: Precision) -> None:
     base = type(scheduler)
 
     def step(self: Any, *args: Any, **kwargs: Any) -> None:
-        if not scaler.skipped:
+        own = getattr(self, "optimizer", None)  # some schedulers steer by other means than an optimizer of theirs
+        if not (any(scaler.skipped.values()) if own is None else scaler.skipped.get(id(own), False)):
             base.step(self, *args, **kwargs)
 
     scheduler.__class__ = type(

@@ -32,6 +32,7 @@ from lit_zero.strategy.flavour import (
     reset_seed,
 )
 from lit_zero.strategy.launcher import JobLauncher, new_job
+from lit_zero.strategy.loading import Loading
 from lit_zero.strategy.manual import toggle_parameters, untouched
 from lit_zero.strategy.overlay import lay_over
 from lit_zero.strategy.precision import bare, hold_with_skipped_steps, lowered_dtype, over_shards
@@ -53,7 +54,7 @@ from lit_zero.zero.units import plan_units
 _CALLBACKS = (WeightAveragingOnShards, StochasticOnShards, PruningOnShards)
 
 
-class ZeroStrategy(Talking):
+class ZeroStrategy(Loading, Talking):
     """Trains a LightningModule with its model states sharded over the ranks; results equal those of one process.
 
     ``Trainer(strategy=ZeroStrategy("stage3"))``, or by name once lit_zero is imported: ``Trainer(strategy="zero3")``.
@@ -71,6 +72,8 @@ class ZeroStrategy(Talking):
             reaches a weight (not in ``16-mixed``). ``"ignore"``: clip with it, as torch does by default.
         timeout: seconds, or a timedelta, that a collective waits for a rank that does not come.
         process_group_backend: ``"gloo"``, ``"nccl"`` or ``"cpu:gloo,cuda:nccl"``; by default what serves the device.
+        evaluation: ``"once"``: every sample of an evaluation counts once, however many ranks there are.
+            ``"lightning"``: data is divided as Lightning does by itself, which repeats samples to even the ranks out.
         kwargs: what Lightning passes to every parallel strategy (``accelerator``, ``parallel_devices``,
             ``cluster_environment``, ...).
 
@@ -92,10 +95,11 @@ class ZeroStrategy(Talking):
         nonfinite_norm: Literal["error", "ignore"] = "error",
         timeout: float | timedelta = 1800.0,
         process_group_backend: str | None = None,
+        evaluation: Literal["once", "lightning"] = "once",
         **kwargs: Any,
     ) -> None:
         new_job()
-        super().__init__(**kwargs)
+        super().__init__(evaluation, **kwargs)
         self.zero = Zero(zero) if isinstance(zero, str) else instance("zero", zero, Zero)
         self.precision_policy = instance("precision", precision or Precision(), Precision)
         self.comm = instance("comm", comm or Comm(), Comm)
@@ -290,14 +294,17 @@ class ZeroStrategy(Talking):
 
     def on_validation_start(self) -> None:
         """Let rank 0's buffers (batch statistics) stand for all."""
+        super().on_validation_start()
         self.engine.buffers.share()
 
     def on_test_start(self) -> None:
         """Let rank 0's buffers stand for all."""
+        super().on_test_start()
         self.engine.buffers.share()
 
     def on_predict_start(self) -> None:
         """Let rank 0's buffers stand for all."""
+        super().on_predict_start()
         self.engine.buffers.share()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:

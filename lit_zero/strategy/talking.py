@@ -39,4 +39,7 @@ class Talking(ParallelStrategy):
         """Reduce ``tensor`` over the data-parallel ranks; anything else is returned as it is."""
         if not isinstance(tensor, torch.Tensor) or not self.together():
             return tensor
+        if reduce_op in ("mean", "avg") and not (tensor.is_floating_point() or tensor.is_complex()):
+            # Lightning rounds a mean of integers down, and weighs what is logged by such a mean of batch sizes.
+            tensor = tensor.to(torch.promote_types(torch.get_default_dtype(), torch.float32))
         return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op)

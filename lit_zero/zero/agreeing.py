@@ -25,19 +25,25 @@ class SharedBuffers:
 
     def __init__(self, model: nn.Module, exchange: Exchange, device: torch.device) -> None:
         self._model, self._exchange, self._device = model, exchange, device
-        self._versions = self._now()
+        self._seen = self._now()
         self._asked: Ticket | None = None
         self._answers = torch.zeros(exchange.size, dtype=torch.uint8, device=device)
 
     def ask(self) -> None:
         """Begin to find out whether a buffer has changed on any rank. All ranks together."""
-        if self._exchange.size == 1 or not self._versions or self._asked is not None:
+        if self._exchange.size == 1 or not self._seen or self._asked is not None:
             return
-        own = torch.tensor([self._now() != self._versions], dtype=torch.uint8, device=self._device)
+        now = self._now()
+        same = len(now) == len(self._seen) and all(
+            one is other and version == before for (one, version), (other, before) in zip(now, self._seen, strict=True)
+        )
+        own = torch.tensor([not same], dtype=torch.uint8, device=self._device)
         self._asked = self._exchange.all_gather([Gather(self._answers, own)])
 
     def share(self) -> None:
         """Send rank 0's buffers to all if one had changed when it was asked for. All ranks together."""
+        if not torch.is_inference_mode_enabled():
+            self._leave_inference_mode()
         if self._asked is None:
             return
         self._asked.wait()
@@ -45,10 +51,22 @@ class SharedBuffers:
         if bool(self._answers.any()):
             for buffer in self._model.buffers():
                 self._exchange.broadcast(buffer.data)
-        self._versions = self._now()
+        self._seen = self._now()
 
-    def _now(self) -> list[int]:
-        return [0 if buffer.is_inference() else buffer._version for buffer in self._model.buffers()]
+    def _now(self) -> list[tuple[torch.Tensor, int]]:
+        # The tensors themselves, since a module may put a new one in a buffer's place, whose version may be that of the
+        # old one. Tensors made in inference mode have no version.
+        return [(buffer, -1 if buffer.is_inference() else buffer._version) for buffer in self._model.buffers()]
+
+    def _leave_inference_mode(self) -> None:
+        """Put copies in the place of buffers that an evaluation has made, which could not be written to any more."""
+        if not any(buffer.is_inference() for buffer, _ in self._now()):
+            return
+        copies: dict[torch.Tensor, torch.Tensor] = {}
+        for module in self._model.modules():
+            for key, buffer in module._buffers.items():
+                if buffer is not None and buffer.is_inference():
+                    module._buffers[key] = copies.setdefault(buffer, buffer.clone())
 
 
 class Reach:

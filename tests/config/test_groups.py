@@ -45,8 +45,10 @@ def test_zero_builds_the_stage_with_its_own_defaults(stage: str) -> None:
 @pytest.mark.parametrize(
     ("mode", "keys"),
     [
+        ("64-true", set()),
         ("32-true", set()),
         ("bf16-true", {"reduce_dtype"}),
+        ("16-true", {"reduce_dtype"}),
         ("bf16-mixed", {"reduce_dtype", "gradient_dtype", "lower"}),
         ("16-mixed", {"reduce_dtype", "gradient_dtype", "lower"}),
     ],
