@@ -63,21 +63,24 @@ class Checkpoints:
 
     # ---- writing
 
-    def weights(self) -> dict[str, Any]:
+    def weights(self, whole: bool = False) -> dict[str, Any]:
         """Return the module's state dict: whole on rank 0 in the full format, without the sharded parameters in the
         sharded one.
+
+        Args:
+            whole: on rank 0 in either format.
         """
         engine = self.engine
         with self._unguarded():
             template = self._module.state_dict()
         managed = {piece.name for piece in engine.parameter_pieces()}
-        if self._policy.format == "sharded":
+        if self._policy.format == "sharded" and not whole:
             return {name: value for name, value in template.items() if engine.aliases.get(name, name) not in managed}
         world = World()
-        whole = full.collect(engine.parameter_pieces(), world)
+        values = full.collect(engine.parameter_pieces(), world)
         if world.rank != 0:
             return {}
-        return {name: whole.get(engine.aliases.get(name, name), value) for name, value in template.items()}
+        return {name: values.get(engine.aliases.get(name, name), value) for name, value in template.items()}
 
     def optimizer(self, number: int) -> dict[str, Any]:
         """Return optimizer ``number``'s state dict as torch saves it: on rank 0 in the full format, empty in the

@@ -12,9 +12,9 @@ import torch
 
 from lit_zero.checkpoint.policy import Checkpoint
 from lit_zero.comm import process_group
+from lit_zero.comm.meeting import open_store
 from lit_zero.comm.open import open_exchange
 from lit_zero.comm.policy import Comm
-from lit_zero.config.validate import check_cpu_processes
 from lit_zero.core.errors import ConfigError, LitZeroError, check_choice
 from lit_zero.precision.policy import Lowering, Precision
 from lit_zero.strategy.checkpoints import Checkpoints
@@ -28,8 +28,9 @@ from lit_zero.strategy.flavour import (
     rank_zero_only,
     reset_seed,
 )
-from lit_zero.strategy.launcher import JobLauncher, new_job
+from lit_zero.strategy.launcher import new_job
 from lit_zero.strategy.precision import hold_with_skipped_steps, lowered_dtype, over_shards
+from lit_zero.strategy.processes import choose_launcher
 from lit_zero.strategy.refusals import (
     accumulates,
     refuse_no_optimizer,
@@ -56,6 +57,9 @@ class ZeroStrategy(ParallelStrategy):
             ``16-mixed``, where the loss scaler skips the step). ``"ignore"``: train on, as Lightning does.
         timeout: seconds, or a timedelta, that a collective waits for a rank that does not come.
         process_group_backend: ``"gloo"``, ``"nccl"`` or ``"cpu:gloo,cuda:nccl"``; by default what serves the device.
+        start_method: how the Trainer starts the ranks: ``"popen"`` runs the script once more for each, ``"spawn"``,
+            ``"fork"`` and ``"forkserver"`` hand its objects to new processes and bring back the trained weights.
+            Notebooks need ``"fork"``.
         kwargs: what Lightning passes to every parallel strategy (``accelerator``, ``parallel_devices``,
             ``cluster_environment``, ...).
 
@@ -76,6 +80,7 @@ class ZeroStrategy(ParallelStrategy):
         nonfinite_loss: Literal["error", "ignore"] = "error",
         timeout: float | timedelta = 1800.0,
         process_group_backend: str | None = None,
+        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
         **kwargs: Any,
     ) -> None:
         new_job()
@@ -92,6 +97,8 @@ class ZeroStrategy(ParallelStrategy):
         if process_group_backend is not None:
             check_choice("process_group_backend", process_group_backend, ("gloo", "nccl", "cpu:gloo,cuda:nccl"))
         self._backend = process_group_backend
+        check_choice("start_method", start_method, ("popen", "spawn", "fork", "forkserver"))
+        self._start_method = start_method
         self._num_nodes = 1
         self._engine: Engine | None = None
         self._checkpoints: Checkpoints | None = None
@@ -142,11 +149,7 @@ class ZeroStrategy(ParallelStrategy):
         return {"num_replicas": self.data_parallel_size, "rank": self.global_rank}
 
     def _configure_launcher(self) -> None:
-        assert self.cluster_environment is not None and self.parallel_devices is not None
-        if self.parallel_devices[0].type == "cpu" and not self.cluster_environment.creates_processes_externally:
-            check_cpu_processes("devices", self.num_processes)
-        launcher: Any = JobLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
-        self._launcher = launcher
+        self._launcher = choose_launcher(self, self._start_method)
 
     def set_world_ranks(self) -> None:
         """Tell the cluster environment and the rank-zero helpers who this process is."""
@@ -163,8 +166,11 @@ class ZeroStrategy(ParallelStrategy):
         self.set_world_ranks()
         self._backend = self._backend or process_group.default_backend(self.root_device)
         device = self.root_device if self.root_device.type != "cpu" else None
-        assert self.cluster_environment is not None
-        _init_dist_connection(self.cluster_environment, self._backend, timeout=self._timeout, device_id=device)
+        here = self.cluster_environment
+        assert here is not None
+        if not process_group.is_initialized():  # a second run goes on with the group of the first
+            store = open_store(here.main_address, here.main_port, here.global_rank(), self._timeout)
+            _init_dist_connection(here, self._backend, timeout=self._timeout, device_id=device, store=store)
 
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         """Return once every rank has called this."""
@@ -314,6 +320,8 @@ class ZeroStrategy(ParallelStrategy):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Return the module's whole state dict on rank 0, ``{}`` on the others. All ranks must call this."""
+        if self._checkpoints is None and self._start_method != "popen" and self.lightning_module is not None:
+            return self.lightning_module.state_dict()  # no rank: the ranks have handed the whole weights over
         return self.checkpoints.weights()
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
