@@ -1,6 +1,6 @@
 """lit_zero: ZeRO for PyTorch Lightning, by changing one word.
 
-Importing the package registers the strategies ``zero0``, ``zero1``, ``zero2`` and ``zero3`` with Lightning and the
+Importing the package registers the strategies ``zero0`` to ``zero3`` (and ``zero3_spawn``, ...) with Lightning and the
 config groups of ``lit_zero.conf`` with Hydra.
 """
 

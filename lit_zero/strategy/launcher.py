@@ -20,7 +20,7 @@ import torch
 from lit_zero.config import jobs
 from lit_zero.strategy.ranks import ClusterEnvironment, Follower, Leader, RankError
 
-__all__ = ["JobLauncher", "RankError", "new_job"]
+__all__ = ["JobLauncher", "RankError", "end_lone_job", "new_job"]
 
 T = TypeVar("T")
 
@@ -35,8 +35,6 @@ class JobLauncher:
         timeout: seconds that this process waits for the ranks it starts.
     """
 
-    is_interactive_compatible = False
-
     def __init__(
         self, cluster_environment: ClusterEnvironment, num_processes: int, num_nodes: int, timeout: float = 1800.0
     ) -> None:
@@ -44,6 +42,11 @@ class JobLauncher:
         self.num_processes = num_processes
         self.num_nodes = num_nodes
         self.timeout = timeout
+
+    @property
+    def is_interactive_compatible(self) -> bool:
+        """In a notebook there is no script that other processes could run."""
+        return self.num_processes == self.num_nodes == 1
 
     def launch(self, function: Callable[..., T], *args: Any, trainer: Any = None, **kwargs: Any) -> T:
         """Start the other ranks if that has not happened yet, then call ``function`` in this one.
@@ -81,6 +84,14 @@ def new_job() -> None:
     """
     here = _Process.here
     if isinstance(here, Leader) and here.job != jobs.current_job():
+        here.close()
+        _Process.here = None
+
+
+def end_lone_job() -> None:
+    """Forget an earlier job of this process that had no other rank: from here on, ranks are started in another way."""
+    here = _Process.here
+    if isinstance(here, Leader) and here.alone:
         here.close()
         _Process.here = None
 

@@ -22,14 +22,15 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn, Protocol, TypeVar
 
-from lit_zero.comm import process_group
+from lit_zero.comm import meeting, process_group
 from lit_zero.config import jobs
 from lit_zero.core.errors import LitZeroError
 from lit_zero.strategy.kinds import kind_of, same_kind
@@ -91,6 +92,28 @@ class Failure:
         return f"rank {self.rank} of {ranks} failed with {self.kind}\n\nThe traceback of rank {self.rank}:\n{self.text}"
 
 
+def first_failure(folder: Path, codes: Mapping[int, int | None], since: float = 0.0) -> Failure | None:
+    """Return the failure that came first, ``None`` if no rank has failed.
+
+    Args:
+        folder: where the ranks leave the tracebacks of their failures.
+        codes: exit codes by rank, ``None`` for a rank that lives; to be read before this is called, since a rank
+            writes first and ends then.
+        since: seconds since the epoch; a rank that has reported an error before and lives on has dealt with it.
+    """
+    failures = []
+    for rank, code in codes.items():
+        try:
+            report = json.loads((folder / f"rank{rank}.error").read_text())
+        except FileNotFoundError:
+            # Killed, or failed on its own outside the Trainer: earlier than what the others then report of lost
+            # connections.
+            report = {"time": 0.0, "kind": "", "text": _exit_in_words(code)} if code else None
+        if report is not None and (code or report["time"] >= since):
+            failures.append(Failure(rank=rank, **report))
+    return min(failures, default=None)
+
+
 class Follower:
     """A rank that was started by a leader.
 
@@ -132,10 +155,12 @@ class Leader:
 
     Attributes:
         job: the Hydra job, ``None`` outside Hydra.
+        alone: the job has one rank, this one.
     """
 
     def __init__(self) -> None:
         self.job = jobs.current_job()
+        self.alone = False
         self._folder = Path()  # where the other ranks leave word
         self._before: dict[str, str | None] = {}  # environment variables that we changed, as they were
         self._ranks: dict[int, subprocess.Popen[bytes]] = {}
@@ -161,11 +186,14 @@ class Leader:
             RankError: if one of them ends before, or does not come.
         """
         self = cls()
+        self.alone = num_processes * num_nodes == 1
         self._set("MASTER_ADDR", environment.main_address)
         self._set("MASTER_PORT", str(environment.main_port))
         self._set("NODE_RANK", str(environment.node_rank()))
         self._set("WORLD_SIZE", str(num_processes * num_nodes))
         self._set("LOCAL_RANK", str(environment.local_rank()))
+        if num_nodes == 1:  # else other leaders start ranks too, and have not heard of each other
+            self._set(meeting.JOB, uuid.uuid4().hex)
         if num_processes == 1:
             return self
         self._folder = Path(tempfile.mkdtemp(prefix="lit_zero-"))
@@ -289,19 +317,8 @@ class Leader:
 
     def _first_failure(self) -> Failure | None:
         """Return the failure that came first, ``None`` if no other rank has failed."""
-        failures = []
-        for rank, process in self._ranks.items():
-            code = process.poll()  # before the file, which a rank writes before it ends
-            try:
-                report = json.loads((self._folder / f"rank{rank}.error").read_text())
-            except FileNotFoundError:
-                # Killed, or failed on its own outside the Trainer: earlier than what the others then report of lost
-                # connections.
-                report = {"time": 0.0, "kind": "", "text": _exit_in_words(code)} if code else None
-            # A rank that lives on after an error has dealt with it, as this one has if it is here again.
-            if report is not None and (code or report["time"] >= self._since):
-                failures.append(Failure(rank=rank, **report))
-        return min(failures, default=None)
+        codes = {rank: process.poll() for rank, process in self._ranks.items()}
+        return first_failure(self._folder, codes, self._since)
 
     def _cause_of(self, error: Exception) -> Failure | None:
         """Return the failure of another rank that made rank 0 raise ``error``, ``None`` if that is rank 0's own."""

@@ -13,10 +13,10 @@ import torch
 
 from lit_zero.checkpoint.policy import Checkpoint
 from lit_zero.comm import process_group
+from lit_zero.comm.meeting import open_store
 from lit_zero.comm.open import open_exchange
 from lit_zero.comm.policy import Comm
 from lit_zero.comm.roll_call import RollCall
-from lit_zero.config.validate import check_cpu_processes
 from lit_zero.core.errors import ConfigError, LitZeroError, check_choice
 from lit_zero.precision.policy import Lowering, Precision
 from lit_zero.strategy.arguments import duration, instance
@@ -31,15 +31,15 @@ from lit_zero.strategy.flavour import (
     rank_zero_only,
     reset_seed,
 )
-from lit_zero.strategy.launcher import JobLauncher, new_job
+from lit_zero.strategy.launcher import new_job
 from lit_zero.strategy.loading import Loading
 from lit_zero.strategy.manual import toggle_parameters, untouched
 from lit_zero.strategy.overlay import lay_over
 from lit_zero.strategy.precision import bare, hold_with_skipped_steps, lowered_dtype, over_shards
+from lit_zero.strategy.processes import choose_launcher
 from lit_zero.strategy.pruning import PruningOnShards
 from lit_zero.strategy.refusals import (
     refuse_no_optimizer,
-    refuse_other_devices,
     refuse_other_size,
     refuse_surplus_rank,
     refuse_tensors_without_memory,
@@ -74,6 +74,9 @@ class ZeroStrategy(Loading, Talking):
         process_group_backend: ``"gloo"``, ``"nccl"`` or ``"cpu:gloo,cuda:nccl"``; by default what serves the device.
         evaluation: ``"once"``: every sample of an evaluation counts once, however many ranks there are.
             ``"lightning"``: data is divided as Lightning does by itself, which repeats samples to even the ranks out.
+        start_method: how the Trainer starts the ranks: ``"popen"`` runs the script once more for each, ``"spawn"``,
+            ``"fork"`` and ``"forkserver"`` hand its objects to new processes and bring back the trained weights.
+            Notebooks need ``"fork"``.
         kwargs: what Lightning passes to every parallel strategy (``accelerator``, ``parallel_devices``,
             ``cluster_environment``, ...).
 
@@ -96,6 +99,7 @@ class ZeroStrategy(Loading, Talking):
         timeout: float | timedelta = 1800.0,
         process_group_backend: str | None = None,
         evaluation: Literal["once", "lightning"] = "once",
+        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
         **kwargs: Any,
     ) -> None:
         new_job()
@@ -109,10 +113,12 @@ class ZeroStrategy(Loading, Talking):
         check_choice("nonfinite_loss", nonfinite_loss, ("error", "ignore"))
         check_choice("nonfinite_norm", nonfinite_norm, ("error", "ignore"))
         self._nonfinite_loss, self._nonfinite_norm = nonfinite_loss, nonfinite_norm
-        self._timeout = duration("timeout", timeout)
+        self.timeout = duration("timeout", timeout)
         if process_group_backend is not None:
             check_choice("process_group_backend", process_group_backend, ("gloo", "nccl", "cpu:gloo,cuda:nccl"))
-        self._backend = process_group_backend
+        self.backend = process_group_backend
+        check_choice("start_method", start_method, ("popen", "spawn", "fork", "forkserver"))
+        self._start_method = start_method
         self._num_nodes = 1
         self._engine: Engine | None = None
         self._checkpoints: Checkpoints | None = None
@@ -164,14 +170,7 @@ class ZeroStrategy(Loading, Talking):
         return {"num_replicas": self.data_parallel_size, "rank": self.global_rank}
 
     def _configure_launcher(self) -> None:
-        assert self.cluster_environment is not None and self.parallel_devices is not None
-        refuse_other_devices(self.parallel_devices[0].type, self._backend)
-        if self.parallel_devices[0].type == "cpu" and not self.cluster_environment.creates_processes_externally:
-            check_cpu_processes("devices", self.num_processes)
-        launcher: Any = JobLauncher(
-            self.cluster_environment, self.num_processes, self.num_nodes, self._timeout.total_seconds()
-        )
-        self._launcher = launcher
+        self._launcher = choose_launcher(self, self._start_method)
 
     def set_world_ranks(self) -> None:
         """Tell the cluster environment and the rank-zero helpers who this process is."""
@@ -186,10 +185,13 @@ class ZeroStrategy(Loading, Talking):
         super().setup_environment()
         reset_seed()
         self.set_world_ranks()
-        self._backend = self._backend or process_group.default_backend(self.root_device)
+        self.backend = self.backend or process_group.default_backend(self.root_device)
         device = self.root_device if self.root_device.type != "cpu" else None
-        assert self.cluster_environment is not None
-        _init_dist_connection(self.cluster_environment, self._backend, timeout=self._timeout, device_id=device)
+        here = self.cluster_environment
+        assert here is not None
+        if not process_group.is_initialized():  # a second run goes on with the group of the first
+            store = open_store(here.main_address, here.main_port, here.global_rank(), self.timeout)
+            _init_dist_connection(here, self.backend, timeout=self.timeout, device_id=device, store=store)
         refuse_other_size(process_group.size(), self.num_nodes * self.num_processes)
         self._roll_call = RollCall()
         trainer: Any = self.lightning_module.trainer if self.lightning_module is not None else None
@@ -264,7 +266,7 @@ class ZeroStrategy(Loading, Talking):
             module,
             self.optimizers if fitting else (),
             zero=self.zero,
-            exchange=open_exchange(self.comm, self.root_device, lowering.reduce_dtype, self._timeout),
+            exchange=open_exchange(self.comm, self.root_device, lowering.reduce_dtype, self.timeout),
             device=self.root_device,
             lowering=lowering,
             training=fitting,
@@ -381,6 +383,8 @@ class ZeroStrategy(Loading, Talking):
         """Return what Lightning saves as ``state_dict``: :meth:`full_state_dict`, or with ``checkpoint="sharded"`` the
         buffers alone, because every rank then writes its own part of the parameters. All ranks must call this.
         """
+        if self._checkpoints is None and self._start_method != "popen" and self.lightning_module is not None:
+            return self.lightning_module.state_dict()  # no rank: the ranks have handed the whole weights over
         return self.checkpoints.weights() if self.together() else {}
 
     def full_state_dict(self) -> dict[str, Any]:
