@@ -171,7 +171,7 @@ class Leader:
                     self._failed = True
                     self.close()
                     raise RankError(
-                        f"rank {rank} of {num_processes} ended ({_exit_in_words(code)}) before it began to train. "
+                        f"rank {rank} of {num_processes} ended ({jobs.exit_in_words(code)}) before it began to train. "
                         "Its own output above says why; every rank must run the same script up to the same call of "
                         "the Trainer."
                     )
@@ -231,7 +231,7 @@ class Leader:
         }
         if not self._failed and (stuck or failed):
             told = [f"rank {rank} did not end and was killed" for rank in stuck]
-            told += [f"rank {rank} failed afterwards ({_exit_in_words(code)})" for rank, code in failed.items()]
+            told += [f"rank {rank} failed afterwards ({jobs.exit_in_words(code)})" for rank, code in failed.items()]
             print(f"lit_zero: rank 0 has finished, but {', '.join(told)}.", file=sys.stderr, flush=True)
         if self._ranks:
             shutil.rmtree(self._folder, ignore_errors=True)
@@ -270,7 +270,7 @@ class Leader:
             except FileNotFoundError:
                 # Killed, or failed on its own outside the Trainer: earlier than what the others then report of lost
                 # connections.
-                report = {"time": 0.0, "kind": "", "text": _exit_in_words(code)} if code else None
+                report = {"time": 0.0, "kind": "", "text": jobs.exit_in_words(code)} if code else None
             # A rank that lives on after an error has dealt with it, as this one has if it is here again.
             if report is not None and (code or report["time"] >= self._since):
                 failures.append(Failure(rank=rank, **report))
@@ -343,13 +343,3 @@ class Leader:
 
 def _kind(error: BaseException) -> str:
     return f"{type(error).__qualname__}: {error}"
-
-
-def _exit_in_words(code: int) -> str:
-    if code >= 0:
-        return f"exit code {code}"
-    try:
-        name = signal.Signals(-code).name
-    except ValueError:
-        name = f"signal {-code}"
-    return name + (", as when memory runs out" if name == "SIGKILL" else "")
