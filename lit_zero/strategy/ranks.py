@@ -108,7 +108,7 @@ def first_failure(folder: Path, codes: Mapping[int, int | None], since: float = 
         except FileNotFoundError:
             # Killed, or failed on its own outside the Trainer: earlier than what the others then report of lost
             # connections.
-            report = {"time": 0.0, "kind": "", "text": _exit_in_words(code)} if code else None
+            report = {"time": 0.0, "kind": "", "text": jobs.exit_in_words(code)} if code else None
         if report is not None and (code or report["time"] >= since):
             failures.append(Failure(rank=rank, **report))
     return min(failures, default=None)
@@ -211,7 +211,7 @@ class Leader:
                     self._failed = True
                     self.close()
                     raise RankError(
-                        f"rank {rank} of {num_processes} ended ({_exit_in_words(code)}) before it began to train. "
+                        f"rank {rank} of {num_processes} ended ({jobs.exit_in_words(code)}) before it began to train. "
                         f"Its own output above says why. {_SAME_WAY}"
                     )
             waited, absent = time.monotonic() - began, f"rank {', '.join(map(str, waiting))} of {num_processes}"
@@ -286,7 +286,7 @@ class Leader:
         }
         if not self._failed and (stuck or failed):
             told = [f"rank {rank} did not end and was killed" for rank in stuck]
-            told += [f"rank {rank} failed afterwards ({_exit_in_words(code)})" for rank, code in failed.items()]
+            told += [f"rank {rank} failed afterwards ({jobs.exit_in_words(code)})" for rank, code in failed.items()]
             print(f"lit_zero: rank 0 has finished, but {', '.join(told)}.", file=sys.stderr, flush=True)
         if self._ranks:
             shutil.rmtree(self._folder, ignore_errors=True)
@@ -383,13 +383,3 @@ class Leader:
             self._listens = False
             # A wake-up may still be on its way: better unheard than in the hands of a default that ends the process.
             signal.signal(signal.SIGUSR2, signal.SIG_IGN if before in (signal.SIG_DFL, None) else before)
-
-
-def _exit_in_words(code: int) -> str:
-    if code >= 0:
-        return f"exit code {code}"
-    try:
-        name = signal.Signals(-code).name
-    except ValueError:
-        name = f"signal {-code}"
-    return name + (", as when memory runs out" if name == "SIGKILL" else "")
