@@ -109,7 +109,8 @@ class Hooks:
                     "nn.Embedding(..., sparse=False)."
                 )
             backward = present_backward()
-            if unit.sharded and unit.brought != backward and not unit.outer:
+            here = unit.armed or unit.brought == backward  # armed: a part of it may be recomputed in a backward inside
+            if unit.sharded and not here and not unit.outer:
                 raise LitZeroError(
                     f"The backward of {unit.title} ran while its parameters were not there, so "
                     f"{lane.infos[index].name!r} got a wrong gradient: "
