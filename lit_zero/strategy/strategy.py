@@ -26,9 +26,7 @@ from lit_zero.strategy.finetuning import name_groups
 from lit_zero.strategy.flavour import (
     TrainerFn,
     _init_dist_connection,
-    fabric_rank_zero_only,
     pl,
-    rank_zero_only,
     reset_seed,
 )
 from lit_zero.strategy.launcher import new_job
@@ -41,7 +39,6 @@ from lit_zero.strategy.pruning import PruningOnShards
 from lit_zero.strategy.refusals import (
     refuse_no_optimizer,
     refuse_other_size,
-    refuse_surplus_rank,
     refuse_tensors_without_memory,
     refuse_unsupported,
 )
@@ -119,7 +116,6 @@ class ZeroStrategy(Loading, Talking):
         self.backend = process_group_backend
         check_choice("start_method", start_method, ("popen", "spawn", "fork", "forkserver"))
         self._start_method = start_method
-        self._num_nodes = 1
         self._engine: Engine | None = None
         self._checkpoints: Checkpoints | None = None
 
@@ -132,53 +128,8 @@ class ZeroStrategy(Loading, Talking):
 
     # ---- processes
 
-    @property
-    def root_device(self) -> torch.device:
-        """This rank's device."""
-        if self.parallel_devices is None:
-            raise LitZeroError("The strategy has no devices yet: it is used outside a Trainer.")
-        refuse_surplus_rank(self.local_rank, self.num_processes)
-        return self.parallel_devices[self.local_rank]
-
-    @property
-    def num_nodes(self) -> int:
-        """Number of machines."""
-        return self._num_nodes
-
-    @num_nodes.setter
-    def num_nodes(self, num_nodes: int) -> None:
-        self._num_nodes = num_nodes
-
-    @property
-    def num_processes(self) -> int:
-        """Ranks on this machine."""
-        return len(self.parallel_devices) if self.parallel_devices is not None else 0
-
-    @property
-    def is_distributed(self) -> bool:
-        """Tells the Trainer to divide the data over the ranks."""
-        return True
-
-    @property
-    def data_parallel_size(self) -> int:
-        """Ranks over which batches are divided."""
-        return self.num_nodes * self.num_processes
-
-    @property
-    def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """Which share of the data this rank reads."""
-        return {"num_replicas": self.data_parallel_size, "rank": self.global_rank}
-
     def _configure_launcher(self) -> None:
         self._launcher = choose_launcher(self, self._start_method)
-
-    def set_world_ranks(self) -> None:
-        """Tell the cluster environment and the rank-zero helpers who this process is."""
-        if self.cluster_environment is not None:
-            self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
-            self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
-        for only in (rank_zero_only, fabric_rank_zero_only):
-            only.rank = self.global_rank  # type: ignore[attr-defined]
 
     def setup_environment(self) -> None:
         """Join the process group."""

@@ -25,18 +25,17 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lit_zero.comm.exchange import Exchange
-from lit_zero.core.errors import LitZeroError
 from lit_zero.core.piece import ParamState, Piece
 from lit_zero.precision.policy import Lowering
 from lit_zero.zero.agreeing import Reach, SharedBuffers
 from lit_zero.zero.between import backward_is_running, when_over
 from lit_zero.zero.binding import Binding
 from lit_zero.zero.build import build_lanes, empty, fill_lanes, group_names, number_groups
+from lit_zero.zero.clipping import Clipping
 from lit_zero.zero.gathering import Gatherer
 from lit_zero.zero.guarding import refuse_lost_changes
 from lit_zero.zero.hooks import Hooks
 from lit_zero.zero.lane import Lane, storage_bytes
-from lit_zero.zero.norms import grad_norm, scale_to_norm
 from lit_zero.zero.policy import Placement, Zero
 from lit_zero.zero.probe import is_shaped
 from lit_zero.zero.reducing import Reducer
@@ -45,7 +44,7 @@ from lit_zero.zero.unit import Unit
 from lit_zero.zero.units import plan_units
 
 
-class Engine:
+class Engine(Clipping):
     """Shards a module and its optimizers over the ranks of an exchange. All ranks must build it together.
 
     Args:
@@ -304,41 +303,6 @@ class Engine:
         """Wait for gathers under way; what they have brought counts as old."""
         if self.row.optimizer is Placement.SHARD:
             self._gatherer.invalidate(set(self.lanes))
-
-    def bindings_of(self, optimizer: torch.optim.Optimizer | None) -> list[Binding]:
-        """Return what stands for ``optimizer``, in a list; for ``None`` all.
-
-        Raises:
-            LitZeroError: if it is not one of those that the engine was built on.
-        """
-        found = [binding for binding in self.bindings if optimizer is None or binding.optimizer is optimizer]
-        if optimizer is not None and not found:
-            raise LitZeroError(
-                f"This {type(optimizer).__name__} is not one of the optimizers that configure_optimizers returned."
-            )
-        return found
-
-    def grad_norm(self, norm_type: float = 2.0, optimizer: torch.optim.Optimizer | None = None) -> torch.Tensor:
-        """Return the norm of the reduced gradients of one optimizer, or of all, over all their parameters and ranks,
-        see ``norms.grad_norm``.
-        """
-        return grad_norm(self.bindings_of(optimizer), self.exchange, self.device, norm_type)
-
-    def clip_grad_norm(
-        self, max_norm: float, norm_type: float = 2.0, optimizer: torch.optim.Optimizer | None = None
-    ) -> torch.Tensor:
-        """Scale the gradients of one optimizer, or of all, so that their norm is at most ``max_norm``; return the norm
-        before.
-        """
-        norm = self.grad_norm(norm_type, optimizer)
-        scale_to_norm(self.bindings_of(optimizer), norm, max_norm)
-        return norm
-
-    def clip_grad_value(self, max_value: float, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Clamp every gradient element of one optimizer, or of all, to ``[-max_value, max_value]``."""
-        for binding in self.bindings_of(optimizer):
-            for grad in binding.grads():
-                grad.clamp_(-max_value, max_value)
 
     # ---- what others may ask
 
