@@ -16,9 +16,11 @@ from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     DeviceStatsMonitor,
     EarlyStopping,
+    EMAWeightAveraging,
     GradientAccumulationScheduler,
     LearningRateFinder,
     SpikeDetection,
+    StochasticWeightAveraging,
     ThroughputMonitor,
 )
 from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
@@ -38,17 +40,15 @@ Ranks = Callable[[int], RankPool]
 FIT = Fit(epochs=2)
 TRAINED = {
     "accumulation_scheduler": With(
-        replace(FIT, epochs=4), [(GradientAccumulationScheduler, {"scheduling": {0: 1, 1: 2, 3: 4}})]
+        replace(FIT, epochs=3), [(GradientAccumulationScheduler, {"scheduling": {0: 1, 1: 2, 2: 4}})]
     ),
     "early_stopping": With(
-        replace(FIT, arguments={"lr": 0.3}, epochs=8),
+        replace(FIT, arguments={"lr": 0.3}, epochs=5),
         [(EarlyStopping, {"monitor": "val_loss", "patience": 1, "min_delta": 0.05})],
     ),
     "overfit_batches": With(replace(FIT, trainer={"overfit_batches": 2})),
     "fast_dev_run": With(replace(FIT, trainer={"fast_dev_run": 2, "logger": False})),
-    "limit_batches": With(replace(FIT, trainer={"limit_train_batches": 3, "limit_val_batches": 0.5})),
-    "detect_anomaly": With(replace(FIT, trainer={"detect_anomaly": True})),
-    "max_steps": With(replace(FIT, epochs=-1, trainer={"max_steps": 7, "val_check_interval": 2})),
+    "detect_anomaly": With(replace(FIT, epochs=1, trainer={"detect_anomaly": True})),
 }
 
 
@@ -80,15 +80,13 @@ def test_equals_one_process(alone, staged, stage, number):
 def test_they_do_something(alone):
     steps = dict(zip(TRAINED, (found.steps for found in alone), strict=True))
     assert steps == {
-        "accumulation_scheduler": 5 + 3 + 3 + 2,
+        "accumulation_scheduler": 5 + 3 + 2,
         "early_stopping": steps["early_stopping"],
         "overfit_batches": 4,
         "fast_dev_run": 2,
-        "limit_batches": 6,
-        "detect_anomaly": 10,
-        "max_steps": 7,
+        "detect_anomaly": 5,
     }
-    assert 10 <= steps["early_stopping"] < 40
+    assert 10 <= steps["early_stopping"] < 25
 
 
 class Rooted(LitGPT):
@@ -127,8 +125,8 @@ class Steady(LitGPT):
 
 
 FINDS = With(
-    replace(FIT, module=Steady, epochs=4),
-    [(LearningRateFinder, {"min_lr": 1e-3, "max_lr": 1.0, "num_training_steps": 20})],
+    replace(FIT, module=Steady, epochs=3),
+    [(LearningRateFinder, {"min_lr": 1e-3, "max_lr": 1.0, "num_training_steps": 15})],
 )
 
 
@@ -151,17 +149,36 @@ def test_learning_rate_finder(ranks, tmp_path):
         assert each.notes[0] == pytest.approx(ddp.notes[0]) == each.notes[2]
         assert each.notes[1] == pytest.approx(ddp.notes[1], rel=1e-5)
         assert each.column("val_loss") == pytest.approx(ddp.column("val_loss"), rel=1e-6)
-        assert each.steps == ddp.steps == 20
+        assert each.steps == ddp.steps == 15
     for each in mine[:-1]:
         assert distance(each.weights, ddp.weights) < 1e-6
         assert same_bits(each.weights, mine[0].weights)
     assert not list(tmp_path.rglob(".lr_find*")), "what it saved to go back to is gone"
 
 
+AVERAGES = [(EMAWeightAveraging, {"decay": 0.8}), (StochasticWeightAveraging, {"swa_lrs": 0.05, "swa_epoch_start": 2})]
+
+
+@pytest.mark.parametrize("first", ["finder", "average"])
+def test_learning_rate_finder_beside_averages(ranks, tmp_path, first):
+    """What it loads to go back is loaded in the middle of a run, before or after there is an average."""
+    jobs = []
+    for average in AVERAGES:
+        callbacks = [*FINDS.callbacks, average] if first == "finder" else [average, *FINDS.callbacks]
+        job = With(replace(FINDS.fit, zero="ddp", devices=2), callbacks)
+        jobs += [job, under(job, "stage1"), under(job, "stage3")]
+    found = ranks(2).run(run_all, jobs, tmp_path)[0]
+    for ddp, *mine in (found[:3], found[3:]):
+        for each in mine:
+            assert distance(each.weights, ddp.weights) < 1e-6
+            assert each.column("val_loss") == pytest.approx(ddp.column("val_loss"), rel=1e-6)
+    assert distance(found[0].weights, found[3].weights) > 1e-3
+
+
 def tune(fit: Fit, folder: Path) -> tuple[float | None, str]:
     torch.manual_seed(0)
     module, trainer = fit.module(), make_trainer(fit, folder, callbacks=[])
-    rates = Tuner(trainer).lr_find(module, *loaders(fit), min_lr=1e-3, max_lr=1.0, num_training=20)
+    rates = Tuner(trainer).lr_find(module, *loaders(fit), min_lr=1e-3, max_lr=1.0, num_training=15)
     with pytest.raises(ValueError) as caught:
         Tuner(make_trainer(fit, folder, callbacks=[])).scale_batch_size(module, *loaders(fit))
     return rates.suggestion(), str(caught.value)
@@ -170,7 +187,7 @@ def tune(fit: Fit, folder: Path) -> tuple[float | None, str]:
 def test_tuner(ranks, tmp_path):
     suggested = set()
     for stage in ("stage1", "stage3"):
-        for rate, words in ranks(2).run(tune, Fit({"zero": stage}, 2, module=Steady, epochs=4), tmp_path / stage):
+        for rate, words in ranks(2).run(tune, Fit({"zero": stage}, 2, module=Steady, epochs=3), tmp_path / stage):
             suggested.add(rate)
             assert words == "Tuning the batch size is currently not supported with distributed strategies."
     assert len(suggested) == 1 and None not in suggested
@@ -217,12 +234,12 @@ LOOKERS = {
 
 
 def test_monitors(ranks, tmp_path):
-    jobs = [With(FIT, callbacks) for callbacks in LOOKERS.values()]
+    jobs = [With(replace(FIT, epochs=1), callbacks) for callbacks in LOOKERS.values()]
     for stage in STAGES:
         found = ranks(2).run(run_all, [under(job, stage) for job in jobs], tmp_path / stage)[0]
         plain, _, throughput, device = found
         assert all(same_bits(each.weights, plain.weights) for each in found)
-        assert len(throughput.column("train/batches_per_sec")) > 3
+        assert len(throughput.column("train/batches_per_sec")) >= 2
         # All ranks together see twice the samples of one.
         one, both = throughput.column("train/device/samples_per_sec"), throughput.column("train/samples_per_sec")
         assert both == pytest.approx([2 * rate for rate in one])
@@ -231,6 +248,9 @@ def test_monitors(ranks, tmp_path):
 
 
 # ---- profilers
+
+
+PROFILED = Fit(epochs=1, trainer={"limit_train_batches": 3, "limit_val_batches": 1})
 
 
 def profile(fit: Fit, folder: Path) -> list[tuple[dict[str, torch.Tensor], str]]:
@@ -253,9 +273,11 @@ def profile(fit: Fit, folder: Path) -> list[tuple[dict[str, torch.Tensor], str]]
 
 
 def test_profilers(ranks, tmp_path):
-    expected = run(With(replace(FIT, epochs=1)), tmp_path / "alone").weights
+    expected = run(With(PROFILED), tmp_path / "alone").weights
     for stage in STAGES:
-        for rank, found in enumerate(ranks(2).run(profile, Fit({"zero": stage}, 2, epochs=1), tmp_path / stage)):
+        for rank, found in enumerate(
+            ranks(2).run(profile, replace(PROFILED, zero={"zero": stage}, devices=2), tmp_path / stage)
+        ):
             simple, advanced, deep = (report for _, report in found)
             if rank == 0:
                 assert all(distance(weights, expected) < 1e-6 for weights, _ in found)
