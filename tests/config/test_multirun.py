@@ -61,7 +61,7 @@ class Sweep:
 
 
 def sweep(folder: Path, *arguments: str, script: Path = APPS / "app.py") -> Sweep:
-    done = run(script, "-m", f"hydra.sweep.dir={folder}/sweep", *arguments, cwd=folder, timeout=1500)
+    done = run(script, "-m", f"hydra.sweep.dir={folder}/sweep", *arguments, cwd=folder, timeout=500)
     return Sweep(done, folder / "sweep")
 
 
