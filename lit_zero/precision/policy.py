@@ -17,8 +17,7 @@ from lit_zero.core.errors import check_choice
 _MATMUL_MODULES = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
 # Not what such a module computes them from (``weight_v`` of a weight norm, ``weight_orig``): autocast casts the result.
 _CAST = frozenset(
-    ["weight", "bias", "in_proj_weight", "in_proj_bias", "bias_k", "bias_v"]
-    + [f"{each}_proj_weight" for each in "qkv"]
+    ["weight", "bias", "in_proj_weight", "in_proj_bias", "bias_k", "bias_v"] + [f"{each}_proj_weight" for each in "qkv"]
 )
 
 
