@@ -15,6 +15,10 @@ from lit_zero.core.errors import check_choice
 # Modules whose parameters autocast would cast to 2 bytes anyway: handing them over in 2 bytes changes no bit of the
 # forward.
 _MATMUL_MODULES = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
+# Not what such a module computes them from (``weight_v`` of a weight norm, ``weight_orig``): autocast casts the result.
+_CAST = frozenset(
+    ["weight", "bias", "in_proj_weight", "in_proj_bias", "bias_k", "bias_v"] + [f"{each}_proj_weight" for each in "qkv"]
+)
 
 
 @dataclass(frozen=True)
@@ -71,10 +75,16 @@ class Lowering:
         """
         if self.dtype is None or param.dtype != torch.float32:
             return param.dtype
-        if self.policy.lower == "all" or all(isinstance(owner, _MATMUL_MODULES) for owner in owners):
+        if self.policy.lower == "all" or all(_is_cast(param, owner) for owner in owners):
             return self.dtype
         return param.dtype
 
     def gradient_dtype(self, compute: torch.dtype, master: torch.dtype) -> torch.dtype:
         """Return the dtype in which gradients of such parameters are stored until the step."""
         return compute if self.policy.gradient_dtype == "compute" else master
+
+
+def _is_cast(param: nn.Parameter, owner: nn.Module) -> bool:
+    """Return whether autocast casts ``param`` where ``owner`` uses it."""
+    computed_from = any(held is param and key not in _CAST for key, held in owner._parameters.items())
+    return isinstance(owner, _MATMUL_MODULES) and not computed_from

@@ -13,6 +13,7 @@ import torch
 
 from lit_zero.checkpoint.policy import Checkpoint
 from lit_zero.comm import process_group
+from lit_zero.comm.batch_norm import serve_the_cpu
 from lit_zero.comm.meeting import open_store
 from lit_zero.comm.open import open_exchange
 from lit_zero.comm.policy import Comm
@@ -30,10 +31,12 @@ from lit_zero.strategy.flavour import (
     reset_seed,
 )
 from lit_zero.strategy.launcher import new_job
+from lit_zero.strategy.layers import refuse_max_norm, refuse_norms_that_do_more, refuse_sparse_optimizers
 from lit_zero.strategy.loading import Loading
 from lit_zero.strategy.manual import toggle_parameters, untouched
 from lit_zero.strategy.overlay import lay_over
 from lit_zero.strategy.precision import bare, hold_with_skipped_steps, lowered_dtype, over_shards
+from lit_zero.strategy.pretrained import Pending
 from lit_zero.strategy.processes import choose_launcher
 from lit_zero.strategy.pruning import PruningOnShards
 from lit_zero.strategy.refusals import (
@@ -80,6 +83,7 @@ class ZeroStrategy(Loading, Talking):
     Attributes:
         engine: the :class:`~lit_zero.zero.engine.Engine`, from ``setup`` on.
         data_parallel_size: ranks over which batches are divided.
+        pretrained: weights that :func:`~lit_zero.load_pretrained` has found and that wait for ``setup``.
 
     Raises:
         ConfigError: for a wrong setting.
@@ -118,6 +122,7 @@ class ZeroStrategy(Loading, Talking):
         self._start_method = start_method
         self._engine: Engine | None = None
         self._checkpoints: Checkpoints | None = None
+        self.pretrained = Pending()
 
     @property
     def engine(self) -> Engine:
@@ -190,13 +195,17 @@ class ZeroStrategy(Loading, Talking):
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting:
             refuse_unsupported(trainer)
+            refuse_max_norm(self.lightning_module, trainer.world_size)
             if self._layer_sync is not None:
+                refuse_norms_that_do_more(self.lightning_module)
                 self.model = self._layer_sync.apply(self.lightning_module)
+            serve_the_cpu(self.lightning_module)
         self.precision_plugin = over_shards(self.precision_plugin, lambda: self.engine, self._nonfinite_norm == "error")
         if self._engine is None or fitting:
             self._build_engine(trainer, fitting)
         self.model_to_device()
         self.setup_precision_plugin()
+        self.pretrained.read(self.engine)
         self._checkpoints.attach(self.engine)
 
     def _build_engine(self, trainer: pl.Trainer, fitting: bool) -> None:
@@ -205,10 +214,13 @@ class ZeroStrategy(Loading, Talking):
         previous = Engine.of(module)
         if previous is not None:
             previous.detach()
+        self.pretrained.locate(module)
         self.precision_plugin.convert_module(module)
+        self.pretrained.leave_empty(module)
         if fitting:
             self.setup_optimizers(trainer)
             refuse_no_optimizer(self.optimizers)
+            refuse_sparse_optimizers(self.optimizers)
             for config in self.lr_scheduler_configs:
                 if config.interval == "step":
                     hold_with_skipped_steps(config.scheduler, self.precision_plugin)

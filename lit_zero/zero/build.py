@@ -12,7 +12,7 @@ from lit_zero.comm.exchange import Exchange, Gather
 from lit_zero.core.errors import LitZeroError, UnsupportedError
 from lit_zero.precision.policy import Lowering
 from lit_zero.zero.lane import Lane, ParamInfo
-from lit_zero.zero.materialize import materialize, on_meta
+from lit_zero.zero.materialize import is_empty, materialize, on_meta
 from lit_zero.zero.policy import Placement, Row
 from lit_zero.zero.unit import Parameters, Unit
 from lit_zero.zero.units import cut_evenly
@@ -110,7 +110,7 @@ def fill_lanes(model: nn.Module, lanes: Sequence[Lane], exchange: Exchange, devi
     canonical = {name: info.name for lane in lanes for info in lane.infos for name in (info.name, *info.aliases)}
     meta = on_meta(model)
     for name, (lane, index) in places.items():
-        if name not in meta:
+        if name not in meta and not is_empty(lane.infos[index].param):
             value = lane.infos[index].param.data.to(device).contiguous()
             exchange.broadcast(value)
             lane.store(index, value)

@@ -17,6 +17,7 @@ from lit_zero.core.nested import tensors_in
 from lit_zero.zero.between import backward_is_running, moment, present_backward, when_reached
 from lit_zero.zero.gathering import Gatherer
 from lit_zero.zero.lane import Lane
+from lit_zero.zero.recurrent import KeptInPlace
 from lit_zero.zero.reducing import Reducer
 from lit_zero.zero.unit import Parcel, Unit
 
@@ -36,7 +37,7 @@ class Hooks:
     ) -> None:
         self._gatherer, self._reducer, self._gradient_comes = gatherer, reducer, gradient_comes
         self._model = units[0].module
-        self._handles: list[RemovableHandle] = []
+        self._handles: list[RemovableHandle | KeptInPlace] = [KeptInPlace(self._model)]
         for number, unit in enumerate(units):
             if number > 0:
                 self._hook_forward(unit)
@@ -104,10 +105,7 @@ class Hooks:
             grad, param.grad = param.grad.detach(), None  # with create_graph=True it has a graph of its own
             self._gradient_comes()
             if grad.is_sparse:
-                raise LitZeroError(
-                    f"The gradient of {lane.infos[index].name!r} is sparse; lit_zero reduces dense gradients. Use "
-                    "nn.Embedding(..., sparse=False)."
-                )
+                grad = grad.to_dense()  # it travels in a flat buffer, where rows that nobody looked up are zeros
             backward = present_backward()
             here = unit.armed or unit.brought == backward  # armed: a part of it may be recomputed in a backward inside
             if unit.sharded and not here and not unit.outer:
