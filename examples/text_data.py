@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lit_zero.core.errors import ConfigError
 
-FORMAT = 1  # of the cache files; a larger number makes every cache be built anew
+FORMAT = 2  # of the cache files; a larger number makes every cache be built anew
 LEARN_BYTES = 2_000_000  # of the text, from which byte pairs are learned
 
 
@@ -114,10 +114,14 @@ class TextDataModule(pl.LightningDataModule):
 
     @property
     def cache_file(self) -> Path:
-        """The memory-mapped file of this corpus; a ``.json`` beside it says what it was made from."""
+        """The memory-mapped file of this corpus, once it is there; a ``.json`` beside it says what it was made from."""
+        return self.cache_dir / str(_read_description(self._description).get("file", self._description.name))
+
+    @property
+    def _description(self) -> Path:
         source = str(self.path or sysconfig.get_path("stdlib"))
         name = "standard-library" if self.path is None else self.path.stem
-        return self.cache_dir / f"{name}-{hashlib.sha256(source.encode()).hexdigest()[:12]}-{self.vocab_size}.bin"
+        return self.cache_dir / f"{name}-{hashlib.sha256(source.encode()).hexdigest()[:12]}-{self.vocab_size}.json"
 
     def prepare_data(self) -> None:
         """Write the memory-mapped file unless it is there and up to date. Lightning calls this in one process per
@@ -128,7 +132,7 @@ class TextDataModule(pl.LightningDataModule):
         """
         files = list(self._files())
         fingerprint = _fingerprint(files)
-        if _read_description(self.cache_file).get("fingerprint") != fingerprint:
+        if _read_description(self._description).get("fingerprint") != fingerprint:
             self._write(files, fingerprint)
 
     def setup(self, stage: str) -> None:
@@ -137,14 +141,14 @@ class TextDataModule(pl.LightningDataModule):
         Raises:
             ConfigError: if there is no such file, or one of the two parts is shorter than one sequence.
         """
-        description = _read_description(self.cache_file)
+        description = _read_description(self._description)
         if not description:
             raise ConfigError(
-                f"The tokenised text {self.cache_file} is missing or damaged. prepare_data() writes it; on several "
-                "machines, data.cache_dir must be a folder that each of them can write to."
+                f"The tokenised text of {self._description} is missing or damaged. prepare_data() writes it; on "
+                "several machines, data.cache_dir must be a folder that each of them can write to."
             )
         self.tokenizer = BytePairs(description["pairs"])
-        text = np.memmap(self.cache_file, dtype=self.tokenizer.dtype, mode="r")  # [count]
+        text = np.memmap(self.cache_dir / description["file"], dtype=self.tokenizer.dtype, mode="r")  # [count]
         held_out = round(len(text) * self.val_fraction)
         lengths = self.tokenizer.lengths
         self.train_set = Windows(text[: len(text) - held_out], self.block_size, lengths)
@@ -217,8 +221,10 @@ class TextDataModule(pl.LightningDataModule):
             )
         tokenizer = BytePairs.learn(b"".join(texts)[:LEARN_BYTES], self.vocab_size)
         tokens = b"".join(tokenizer.encode(text).tobytes() for text in texts)
+        file = self._description.with_name(f"{self._description.stem}-{fingerprint[:12]}.bin")
         description = {
             "format": FORMAT,
+            "file": file.name,
             "fingerprint": fingerprint,
             "files": len(texts),
             "text_bytes": count,
@@ -227,10 +233,13 @@ class TextDataModule(pl.LightningDataModule):
             "pairs": tokenizer.pairs,
         }
         self.cache_dir.mkdir(parents=True, exist_ok=True)
-        # The description comes last: if the process dies in between, there is none and the text is tokenised again.
-        self.cache_file.with_suffix(".json").unlink(missing_ok=True)
-        _write_atomically(self.cache_file, tokens)
-        _write_atomically(self.cache_file.with_suffix(".json"), json.dumps(description).encode())
+        before = _read_description(self._description).get("file", file.name)
+        # Another job may be reading: what it reads stays whole, because every text has a file name of its own and the
+        # description, which comes last, names it.
+        _write_atomically(file, tokens)
+        _write_atomically(self._description, json.dumps(description).encode())
+        if before != file.name:
+            (self.cache_dir / before).unlink(missing_ok=True)
 
 
 def _user_cache() -> Path:
@@ -255,11 +264,11 @@ def _fingerprint(files: list[Path]) -> str:
     return digest.hexdigest()
 
 
-def _read_description(cache_file: Path) -> dict[str, Any]:
+def _read_description(path: Path) -> dict[str, Any]:
     """What the cached file was made from; empty if it is missing or damaged, so that it is written again."""
     try:
-        description = json.loads(cache_file.with_suffix(".json").read_text())
-        complete = description["file_bytes"] == cache_file.stat().st_size
+        description = json.loads(path.read_text())
+        complete = description["file_bytes"] == (path.parent / description["file"]).stat().st_size
     except (OSError, ValueError, KeyError, TypeError):
         return {}
     return description if complete else {}

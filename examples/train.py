@@ -48,7 +48,8 @@ def train(cfg: DictConfig) -> float | None:
     report = next((callback for callback in callbacks if isinstance(callback, FinalReport)), None)
     result: dict[str, Any] = dict(summarize(trainer) if report is None else report.summary)
     # After the last step, whichever step the last check inside fit was at.
-    result |= {key: float(value) for key, value in trainer.validate(model, datamodule=data, verbose=False)[0].items()}
+    for measured in trainer.validate(model, datamodule=data, verbose=False):  # nothing with trainer.limit_val_batches=0
+        result |= {key: float(value) for key, value in measured.items()}
 
     if trainer.is_global_zero:
         write_result(cfg.paths.output_dir, result)

@@ -1,6 +1,6 @@
 """lit_zero: ZeRO for PyTorch Lightning, by changing one word.
 
-Importing the package registers the strategies ``zero0``, ``zero1``, ``zero2`` and ``zero3`` with Lightning and the
+Importing the package registers the strategies ``zero0`` to ``zero3`` (and ``zero3_spawn``, ...) with Lightning and the
 config groups of ``lit_zero.conf`` with Hydra.
 """
 
@@ -9,11 +9,11 @@ from lit_zero.checkpoint import Checkpoint
 from lit_zero.comm import Comm
 from lit_zero.config.search_path import register as _register_search_path
 from lit_zero.precision import Precision
-from lit_zero.strategy import ZeroStrategy
+from lit_zero.strategy import ZeroStrategy, load_pretrained
 from lit_zero.strategy.registry import register as _register_strategies
 from lit_zero.zero import Zero
 
-__all__ = ["Checkpoint", "Comm", "Precision", "Zero", "ZeroStrategy", "__version__"]
+__all__ = ["Checkpoint", "Comm", "Precision", "Zero", "ZeroStrategy", "__version__", "load_pretrained"]
 
 _register_strategies()
 _register_search_path()

@@ -1,4 +1,6 @@
-"""Fixtures for all tests: ranks, the guard that a test leaves no trace, and the count of tests that need a GPU."""
+"""Fixtures for all tests: ranks, the guard that a test leaves no trace, and the count of tests that need more of a
+machine than every machine has.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests import hosts
 from tests.pool import RankPool
 
 # As many as a rank of the pool has: a sum over two threads adds in another order, and bits are compared.
@@ -34,8 +37,14 @@ NOT_OURS = {
     "OMP_NUM_THREADS",
 }
 
-GPU_ITEMS = pytest.StashKey[set[str]]()
-GPU_RUN = pytest.StashKey[set[str]]()
+# Markers of what not every machine has, and the function that says why this one does not, "" if it does.
+NEEDS: dict[str, Callable[[], str]] = {
+    "gpu": lambda: "" if torch.cuda.is_available() else "no GPU visible",
+    "namespaces": lambda: hosts.obstacle(),
+}
+ITEMS = pytest.StashKey[dict[str, set[str]]]()
+RUN = pytest.StashKey[set[str]]()
+OBSTACLES = pytest.StashKey[dict[str, str]]()
 
 
 @pytest.fixture(scope="session")
@@ -95,12 +104,14 @@ def leaves_no_trace() -> Iterator[None]:
 
 @pytest.hookimpl(tryfirst=True)  # before -m and -k deselect, so that those tests are counted too
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    gpu = [item for item in items if item.get_closest_marker("gpu")]
-    config.stash[GPU_ITEMS] = {item.nodeid for item in gpu}
-    config.stash[GPU_RUN] = set()
-    if not torch.cuda.is_available():
-        for item in gpu:
-            item.add_marker(pytest.mark.skip(reason="no GPU visible"))
+    found = {name: [item for item in items if item.get_closest_marker(name)] for name in NEEDS}
+    config.stash[ITEMS] = {name: {item.nodeid for item in marked} for name, marked in found.items()}
+    config.stash[RUN] = set()
+    config.stash[OBSTACLES] = {name: NEEDS[name]() for name, marked in found.items() if marked}
+    for name, reason in config.stash[OBSTACLES].items():
+        if reason:
+            for item in found[name]:
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -108,16 +119,18 @@ def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
-    if report.when == "call" and not report.skipped and item.nodeid in item.config.stash[GPU_ITEMS]:
-        item.config.stash[GPU_RUN].add(item.nodeid)
+    if report.when == "call" and not report.skipped:
+        item.config.stash[RUN].add(item.nodeid)
     return report
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Say how many GPU tests ran: a green run without a GPU must not look like one with it."""
-    items, run = config.stash.get(GPU_ITEMS, set()), config.stash.get(GPU_RUN, set())
-    parts = [f"{len(run)} run"] if run or not items else []
-    if items - run:
-        reason = "skipped, deselected or not reached" if torch.cuda.is_available() else "no GPU visible"
-        parts.append(f"{len(items - run)} not run ({reason})")
-    terminalreporter.write_line(f"gpu tests: {', '.join(parts)}")
+    """Say how many of those tests ran: a green run without a GPU must not look like one with it."""
+    for name in NEEDS:
+        items = config.stash.get(ITEMS, {}).get(name, set())
+        run = items & config.stash.get(RUN, set())
+        parts = [f"{len(run)} run"] if run or not items else []
+        if items - run:
+            reason = config.stash[OBSTACLES][name] or "skipped, deselected or not reached"
+            parts.append(f"{len(items - run)} not run ({reason})")
+        terminalreporter.write_line(f"{name} tests: {', '.join(parts)}")

@@ -41,6 +41,13 @@ ALLOWED: dict[str, set[str]] = {
         "lit_zero.config.jobs",  # the command line that a rank is launched with depends on the Hydra job it belongs to
         "lit_zero.config.validate",  # one check of the number of processes, for Hydra users and for Trainer users
     },
+    "lit_zero.callbacks": {
+        "lit_zero.core",
+        "lit_zero.comm.world",
+        "lit_zero.checkpoint.files",  # a file of predictions appears whole or not at all, as a checkpoint does
+        "lit_zero.checkpoint.together",
+        "lit_zero.strategy.flavour",
+    },
     "lit_zero.cli": {"lit_zero.core", "lit_zero.checkpoint", "lit_zero._version"},
     "lit_zero": {  # lit_zero/__init__.py, the shop window
         "lit_zero._version",

@@ -1,4 +1,4 @@
-"""The guard that a test leaves no trace, and the summary line about GPU tests: pytest runs inside these tests."""
+"""The guard that a test leaves no trace, and the summary of tests that did not run: pytest runs inside these tests."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ GPU = """
 @pytest.fixture(autouse=True)
 def inner_run(pytester: pytest.Pytester) -> None:
     pytester.makeconftest(Path(__file__).with_name("conftest.py").read_text())
-    pytester.makeini("[pytest]\nmarkers = gpu\naddopts = --strict-markers -p no:cacheprovider\n")
+    pytester.makeini("[pytest]\nmarkers =\n  gpu\n  namespaces\naddopts = --strict-markers -p no:cacheprovider\n")
 
 
 @pytest.mark.parametrize(
@@ -113,4 +113,19 @@ def test_the_summary_counts_gpu_tests(
 
 def test_the_summary_speaks_without_gpu_tests_too(pytester: pytest.Pytester) -> None:
     pytester.makepyfile("def test_cpu():\n    pass\n")
-    assert "gpu tests: 0 run" in pytester.runpytest_inprocess("-q").outlines
+    outlines = pytester.runpytest_inprocess("-q").outlines
+    assert {"gpu tests: 0 run", "namespaces tests: 0 run"} <= set(outlines)
+
+
+@pytest.mark.parametrize(
+    ("obstacle", "line"),
+    [("", "namespaces tests: 1 run"), ("no unshare", "namespaces tests: 1 not run (no unshare)")],
+)
+def test_the_summary_counts_namespace_tests(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, obstacle: str, line: str
+) -> None:
+    monkeypatch.setattr("tests.hosts.obstacle", lambda: obstacle)
+    pytester.makepyfile("import pytest\n@pytest.mark.namespaces\ndef test_hosts():\n    pass\n")
+    result = pytester.runpytest_inprocess("-q")
+    assert line in result.outlines
+    assert result.ret == 0

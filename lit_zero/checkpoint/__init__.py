@@ -8,6 +8,7 @@ No part of this package knows Lightning: plain dicts come in and go out. Who doe
 * ``together``: all ranks succeed or all raise.
 * ``full``: one plain ``.ckpt``, gathered to rank 0's host memory tensor by tensor.
 * ``sharded``: a folder in the format of torch.distributed.checkpoint to which each rank writes what it holds.
+* ``weights``: further state dicts in such a folder, beside ``state_dict``.
 * ``header``: the ``lit_zero.json`` of such a folder.
 * ``dcp``: the one door to torch.distributed.checkpoint, used as a file format.
 * ``consolidate``: such a folder into one ``.ckpt`` or ``.safetensors``.

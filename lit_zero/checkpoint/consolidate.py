@@ -18,8 +18,9 @@ from typing import Any, cast
 
 import torch
 
+from lit_zero.checkpoint.dcp import Place
 from lit_zero.checkpoint.files import write_file_atomic
-from lit_zero.checkpoint.sharded import KEYS, ShardedCheckpoint
+from lit_zero.checkpoint.sharded import KEYS, WEIGHTS, ShardedCheckpoint
 from lit_zero.comm.world import World
 from lit_zero.core.errors import CheckpointError, ConfigError
 
@@ -67,7 +68,7 @@ def consolidate(
     checkpoint = ShardedCheckpoint(source, World(), weights_only)
     reader = _Reader(checkpoint, target, progress)
     if save_file is None:
-        content = _named({**checkpoint.extras(), **reader.weights(), **reader.optimizers()})
+        content = _named({**reader.further(checkpoint.extras()), **reader.weights(), **reader.optimizers()})
         write_file_atomic(target, lambda file: torch.save(content, file))
     else:
         tensors = reader.separate_weights()
@@ -103,7 +104,9 @@ class _Reader:
         self._aliases = self._header.aliases
         states = [p for o in self._header.optimizers for p in o["parameters"]] if target.suffix in PLAIN else []
         again = self._aliases if target.suffix == SAFETENSORS else {}
+        self._further = {p: checkpoint.names(p) for p in checkpoint.further} if target.suffix in PLAIN else {}
         self._total = len(self._names) + len(again) + sum(len(keys) for _, _, keys in states)
+        self._total += sum(map(len, self._further.values()))
 
     def weights(self) -> dict[str, Any]:
         """Return ``{"state_dict": ...}`` with every name of the module; tied names share one tensor."""
@@ -129,9 +132,19 @@ class _Reader:
             found.append({"state": state, "param_groups": self._checkpoint.param_groups(number)})
         return {"optimizer_states": found} if found else {}
 
-    def _weight(self, name: str) -> torch.Tensor:
-        tensor = self._empty(self._checkpoint.shape(name), self._checkpoint.dtype(name))
-        self._checkpoint.read(tensor.view(-1), name)
+    def further(self, extras: dict[str, Any]) -> dict[str, Any]:
+        """Return ``extras`` with the tensors of further state dicts at their places."""
+        for place, names in self._further.items():
+            holder: dict[Any, Any] = extras
+            for key in place:
+                holder = holder[key]
+            holder.update({name: self._weight(name, place) for name in names})
+            holder.update({alias: holder[name] for alias, name in self._aliases.items() if name in holder})
+        return extras
+
+    def _weight(self, name: str, place: Place = WEIGHTS) -> torch.Tensor:
+        tensor = self._empty(self._checkpoint.shape(name, place), self._checkpoint.dtype(name, place))
+        self._checkpoint.read(tensor.view(-1), name, place)
         return self._count(name, tensor)
 
     def _state(self, number: int, name: str, key: str) -> torch.Tensor:

@@ -144,6 +144,10 @@ class Reader:
         dtype: torch.dtype = self._saved(place).properties.dtype
         return dtype
 
+    def places(self) -> list[Place]:
+        """Return the places of all tensors, in the order in which they were saved."""
+        return [tuple(place) for place in (self._index.planner_data or {}).values()]
+
     def read(self, wanted: Sequence[Stored]) -> None:
         """Read into pieces the ranges that they stand for, cast to the pieces' dtype.
 

@@ -115,11 +115,11 @@ def match_names(
             wrong.append(f"{name} is {_shape(shape)} in the checkpoint and {_shape(shapes[name])} in the model")
     problems = []
     if strict and missing:
-        problems.append(f"not in the checkpoint ({len(missing)}): {_listed(missing)}")
+        problems.append(f"not in the checkpoint ({len(missing)}): {listed(missing)}")
     if strict and unexpected:
-        problems.append(f"only in the checkpoint ({len(unexpected)}): {_listed(unexpected)}")
+        problems.append(f"only in the checkpoint ({len(unexpected)}): {listed(unexpected)}")
     if wrong:
-        problems.append(f"different shapes ({len(wrong)}): {_listed(wrong, '; ')}")
+        problems.append(f"different shapes ({len(wrong)}): {listed(wrong, '; ')}")
     if problems:
         advice = "Build the model with the settings that wrote the checkpoint"
         if not wrong:
@@ -157,8 +157,8 @@ def check_states(state: ParamState, found: Mapping[str, Sequence[int]], where: s
     """
     if set(found) != set(state.tensors):
         raise CheckpointError(
-            f"The checkpoint '{where}' holds {_listed(sorted(found)) or 'no tensors'} as the optimizer's state of"
-            f" {state.name!r}, but this optimizer has {_listed(sorted(state.tensors)) or 'no tensors'}. Use the"
+            f"The checkpoint '{where}' holds {listed(sorted(found)) or 'no tensors'} as the optimizer's state of"
+            f" {state.name!r}, but this optimizer has {listed(sorted(state.tensors)) or 'no tensors'}. Use the"
             " optimizer that wrote the checkpoint, or load the weights alone."
         )
     for key, piece in state.tensors.items():
@@ -174,5 +174,6 @@ def _shape(shape: Sequence[int] | None) -> str:
     return "not a tensor" if shape is None else str(tuple(shape))
 
 
-def _listed(names: Sequence[str], separator: str = ", ") -> str:
+def listed(names: Sequence[str], separator: str = ", ") -> str:
+    """Return the first few names for a message."""
     return separator.join(names[:SHOWN]) + (f"{separator}..." if len(names) > SHOWN else "")

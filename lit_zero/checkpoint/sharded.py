@@ -9,9 +9,10 @@ What lies in the folder::
     state.pt         parameter groups, optimizer counters, and state_dict entries that are no tensors
 
 Tensors go by the module's own names and global shapes: ``state_dict.NAME`` for parameters and buffers,
-``optimizer_states.I.state.NAME.KEY`` for optimizer ``I``. No trace of stage or rank, so any stage and world size
-loads it, and so do DCP's own tools: ``dcp_to_torch_save`` gives ``{"state_dict": {...}, "optimizer_states":
-[{"state": {NAME: {KEY: ...}}}]}``.
+``optimizer_states.I.state.NAME.KEY`` for optimizer ``I``. Further state dicts (averaged weights) go by their place in
+the Lightning checkpoint: ``current_model_state.NAME``. No trace of stage or rank, so any stage and world size loads it,
+and so do DCP's own tools: ``dcp_to_torch_save`` gives ``{"state_dict": {...}, "optimizer_states": [{"state": {NAME:
+{KEY: ...}}}]}``.
 
 Saving, on every rank in the same order::
 
@@ -58,6 +59,7 @@ from lit_zero.core.piece import Piece
 __all__ = ["OptimizerParts", "ShardedCheckpoint", "is_sharded", "save"]
 
 EXTRAS, STATE = "extras.pt", "state.pt"
+WEIGHTS: Place = ("state_dict",)
 # In the extras, if the user has chosen names for the parts: {"weights": name, "optimizers": [names]}. A Trainer's are
 # "state_dict" and "optimizer_states".
 KEYS = "lit_zero.keys"
@@ -79,6 +81,7 @@ def save(
     optimizers: Sequence[OptimizerParts],
     extras: Mapping[str, Any],
     world: World,
+    further: Mapping[Place, Iterable[Piece]] | None = None,
 ) -> None:
     """Write a sharded checkpoint that appears whole or not at all, and replaces one of the same name only then.
 
@@ -90,6 +93,8 @@ def save(
         optimizers: this rank's part of each optimizer; empty to save the weights alone.
         extras: the rest of the Lightning checkpoint; rank 0's is written.
         world: all ranks; each must call this.
+        further: what this rank holds of more tensors by parameter names, as ``weights``, for other places of the
+            Lightning checkpoint than ``state_dict``; ``extras`` has a dict at each of these places.
 
     Raises:
         CheckpointError: on every rank, if any rank could not write; a previous checkpoint of that name is then
@@ -101,7 +106,7 @@ def save(
     try:
 
         def write() -> _Written:
-            stored = _stored(weights, others if world.rank == 0 else {}, optimizers)
+            stored = _stored({WEIGHTS: weights, **(further or {})}, others if world.rank == 0 else {}, optimizers)
             return _Written(
                 dcp.write(temporary, stored, world.rank), [parts.own_scalars(world.rank) for parts in optimizers]
             )
@@ -126,11 +131,13 @@ def _make_folder(path: Path) -> Path:
     return temporary
 
 
-def _stored(weights: Iterable[Piece], others: Mapping[str, Any], optimizers: Sequence[OptimizerParts]) -> list[Stored]:
-    found = [Stored(("state_dict", piece.name), piece) for piece in weights]
+def _stored(
+    weights: Mapping[Place, Iterable[Piece]], others: Mapping[str, Any], optimizers: Sequence[OptimizerParts]
+) -> list[Stored]:
+    found = [Stored((*place, piece.name), piece) for place, pieces in weights.items() for piece in pieces]
     for name, value in others.items():
         if isinstance(value, torch.Tensor):
-            found.append(Stored(("state_dict", name), Piece(name, tuple(value.shape), 0, value.detach().reshape(-1))))
+            found.append(Stored((*WEIGHTS, name), Piece(name, tuple(value.shape), 0, value.detach().reshape(-1))))
     for number, parts in enumerate(optimizers):
         for state in parts.states:
             found += [Stored(_state_place(number, state.name, key), piece) for key, piece in state.tensors.items()]
@@ -236,25 +243,37 @@ class ShardedCheckpoint:
         saved = self._state["optimizers"][number]["scalars"]
         return {name: dict(saved.get(index, {})) for index, name, _ in parameters}
 
+    @property
+    def further(self) -> list[Place]:
+        """The places of further tensors by parameter names, see ``save``."""
+        places = [place[:-1] for place in self._reader.places()]
+        return [p for p in dict.fromkeys(places) if p != WEIGHTS and p[0] != "optimizer_states"]
+
+    def names(self, place: Place = WEIGHTS) -> list[str]:
+        """Return the names of the tensors that lie at a place."""
+        if place == WEIGHTS:
+            return [*self.header.parameters, *self.header.buffers]
+        return [str(found[-1]) for found in self._reader.places() if found[:-1] == place]
+
     def objects(self) -> dict[str, Any]:
         """Return the entries of ``state_dict`` that are no tensors."""
         return dict(self._state["others"])
 
-    def shape(self, name: str) -> tuple[int, ...]:
+    def shape(self, name: str, place: Place = WEIGHTS) -> tuple[int, ...]:
         """Return the global shape of a parameter or buffer."""
-        return self._reader.shape(("state_dict", name))
+        return self._reader.shape((*place, name))
 
-    def dtype(self, name: str) -> torch.dtype:
+    def dtype(self, name: str, place: Place = WEIGHTS) -> torch.dtype:
         """Return the dtype of a parameter or buffer."""
-        return self._reader.dtype(("state_dict", name))
+        return self._reader.dtype((*place, name))
 
     def state_dtype(self, number: int, name: str, key: str) -> torch.dtype:
         """Return the dtype of one state tensor of optimizer ``number``; its shape is the parameter's."""
         return self._reader.dtype(_state_place(number, name, key))
 
-    def read(self, flat: torch.Tensor, name: str) -> None:
+    def read(self, flat: torch.Tensor, name: str, place: Place = WEIGHTS) -> None:
         """Read one whole parameter or buffer into ``flat``, shape ``[numel]``."""
-        self._reader.read([Stored(("state_dict", name), Piece(name, self.shape(name), 0, flat))])
+        self._reader.read([Stored((*place, name), Piece(name, self.shape(name, place), 0, flat))])
 
     def read_state(self, flat: torch.Tensor, number: int, name: str, key: str) -> None:
         """Read one whole state tensor of optimizer ``number`` into ``flat``, shape ``[numel]``."""
@@ -268,6 +287,8 @@ class ShardedCheckpoint:
         others: Iterable[str] = (),
         aliases: Mapping[str, str] | None = None,
         strict: bool = True,
+        place: Place = WEIGHTS,
+        beside: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Read the ranges that this rank holds of the parameters.
 
@@ -276,6 +297,8 @@ class ShardedCheckpoint:
             others: names of the model's other entries (buffers, extra state).
             aliases: second names of tied parameters, ``{alias: name of a piece}``.
             strict: refuse names that only the model or only the checkpoint has.
+            place: where the parameters lie, ``state_dict`` or one of ``further``.
+            beside: values of ``others`` that do not lie there; the module's entries that are no tensors by default.
 
         Returns:
             The values of ``others`` that the checkpoint holds, whole, on the host; the caller puts them into the model.
@@ -286,19 +309,17 @@ class ShardedCheckpoint:
         """
 
         def action() -> dict[str, Any]:
-            found, wanted = self.objects(), list(others)
-            saved: dict[str, tuple[int, ...] | None] = {
-                n: self.shape(n) for n in [*self.header.parameters, *self.header.buffers]
-            }
-            saved.update(dict.fromkeys(found))
+            found, wanted = dict(self.objects() if beside is None else beside), list(others)
+            saved: dict[str, tuple[int, ...] | None] = {n: self.shape(n, place) for n in self.names(place)}
+            saved.update({n: tuple(v.shape) if isinstance(v, torch.Tensor) else None for n, v in found.items()})
             shapes = {p.name: tuple(p.shape) for p in pieces}
             sources = match_names(shapes, wanted, aliases or {}, saved, self.header.aliases, strict, str(self.path))
-            stored = [Stored(("state_dict", sources[p.name]), p) for p in pieces if p.name in sources]
+            stored = [Stored((*place, sources[p.name]), p) for p in pieces if p.name in sources]
             for name in wanted:
                 shape = saved.get(name)
-                if shape is not None:
-                    found[name] = torch.empty(shape, dtype=self.dtype(name), device="cpu")
-                    stored.append(Stored(("state_dict", name), Piece(name, shape, 0, found[name].view(-1))))
+                if shape is not None and name not in found:
+                    found[name] = torch.empty(shape, dtype=self.dtype(name, place), device="cpu")
+                    stored.append(Stored((*place, name), Piece(name, shape, 0, found[name].view(-1))))
             self._reader.read(stored)
             return {name: found[name] for name in wanted if name in found}
 

@@ -6,10 +6,11 @@ depend on who came first. One thread owns the exchange and takes the calls one a
 the same on every rank, which is all the matching that messages need.
 
 [Note: near and far peers] A peer of the same machine is *near*: its memory is read in place (``shared``), and messages
-carry only where to look. A call on memory that neighbours read goes in three steps: every rank tells its near peers
-where its part lies, which says at once that it is complete; every rank reads what it needs; every rank tells its near
-peers that it has read, and returns when all have told it: from then on it may overwrite its part. Far peers send the
-bytes themselves. Small values always travel as messages.
+carry only where to look. A large call on memory that neighbours read goes in three steps: every rank tells its near
+peers where its part lies, which says at once that it is complete; every rank reads what it needs; every rank tells its
+near peers that it has read, and returns when all have told it: from then on it may overwrite its part. Far peers send
+the bytes themselves, and so do near ones in a small call: two rounds of messages would cost more than the copies that
+they save.
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
+from lit_zero.comm import process_group
 from lit_zero.comm.exchange import Done, Exchange, Gather, Reduce, Ticket, finish_sum
 from lit_zero.comm.shared import Address, Neighbour, Place, make_arena
 
+LARGE_BYTES = 1 << 20  # of a rank's part, from which near peers read in place
 _CHUNK_BYTES = 1 << 18  # a sum works on chunks of this size: they stay in the cache between arriving and being added
 
 
@@ -47,6 +50,7 @@ class DirectExchange(Exchange):
         overlap: run the calls on a thread of their own; else each call returns when it is complete.
         reduce_dtype: 2-byte gradients are added in this dtype (``None``: in their own).
         shared_memory: read the memory of ranks on the same machine; else send messages to all.
+        large: bytes of a rank's part from which that is done.
     """
 
     def __init__(
@@ -55,12 +59,14 @@ class DirectExchange(Exchange):
         overlap: bool = True,
         reduce_dtype: torch.dtype | None = torch.float32,
         shared_memory: bool = True,
+        large: int = LARGE_BYTES,
     ) -> None:
         super().__init__()
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self._group = group
         self._peers = [(self.rank + step) % self.size for step in range(1, self.size)]
-        self._reduce_dtype = reduce_dtype
+        self._reduce_dtype, self._large = reduce_dtype, large
+        self._closed = False
         self._jobs: queue.SimpleQueue[tuple[Callable[[], None], Future[None]] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         if overlap:
@@ -99,7 +105,9 @@ class DirectExchange(Exchange):
         return self._everyones(value).amax(0)
 
     def broadcast(self, value: torch.Tensor) -> None:
-        wire = value.contiguous()  # what is sent and received into must lie in one piece
+        with torch.inference_mode(False):  # the communication thread may not write to what is made in that mode
+            # What is sent and received into must lie in one piece.
+            wire = value.clone() if value.is_inference() else value.contiguous()
 
         def job() -> None:
             if self.rank == 0:
@@ -127,10 +135,14 @@ class DirectExchange(Exchange):
             self._arena.give_back(buffer)
 
     def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
         if self._thread is not None:
             self._jobs.put(None)
             self._thread.join(timeout=10)
             self._thread = None
+        process_group.leave(self._group)
         self._near = {}
         if self._arena is not None:
             self._arena.close()
@@ -151,11 +163,16 @@ class DirectExchange(Exchange):
         mutual = self._everyones(opened)[:, self.rank].tolist()
         self._near = {peer: found[peer] for peer in self._peers if peer in found and mutual[peer]}
 
-    def _places(self, tensors: Sequence[torch.Tensor]) -> list[Place]:
-        """Return where the tensors lie for near peers, nothing if one of them lies elsewhere. The same on every rank,
-        since all allocate alike.
+    def _places(self, tensors: Sequence[torch.Tensor], parts: int) -> list[Place]:
+        """Return where the tensors lie for near peers, nothing if that is small, or one of them lies elsewhere. The
+        same on every rank, since all allocate alike.
+
+        Args:
+            tensors: what peers would read.
+            parts: of how many ranks.
         """
-        if not self._near or self._arena is None:
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        if not self._near or self._arena is None or size < self._large * parts:
             return []
         places = [self._arena.locate(tensor) for tensor in tensors]
         return [] if None in places else [place for place in places if place is not None]
@@ -181,13 +198,14 @@ class DirectExchange(Exchange):
 
     def _everyones(self, value: torch.Tensor) -> torch.Tensor:
         """Return every rank's ``value``, shape ``[world, *value.shape]``."""
-        full = torch.empty(self.size * value.numel(), dtype=value.dtype)
-        own = value.detach().reshape(-1).clone()
+        with torch.inference_mode(False):  # they are written to in another thread, which is not in that mode
+            full = torch.empty(self.size * value.numel(), dtype=value.dtype)
+            own = value.detach().reshape(-1).clone()
         self._submit(lambda: self._gather([Gather(full, own)])).wait()
         return full.view(self.size, *value.shape)
 
     def _gather(self, lanes: Sequence[Gather]) -> None:
-        places = self._places([lane.own for lane in lanes])
+        places = self._places([lane.own for lane in lanes], 1)
         far = [peer for peer in self._peers if not places or peer not in self._near]
         works = []
         for lane in lanes:
@@ -207,7 +225,7 @@ class DirectExchange(Exchange):
         _wait(works)
 
     def _reduce(self, lanes: Sequence[Reduce]) -> None:
-        places = self._places([lane.full for lane in lanes])
+        places = self._places([lane.full for lane in lanes], self.size)
         near = self._meeting(places) if places else {}
         for number, lane in enumerate(lanes):
             parts = lane.full.view(self.size, -1)  # [world, n]

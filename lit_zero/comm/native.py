@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from lit_zero.comm import process_group
 from lit_zero.comm.compat import all_gather_single, reduce_scatter_single
 from lit_zero.comm.exchange import Done, Exchange, Gather, Reduce, Ticket, finish_sum
 
@@ -66,6 +67,7 @@ class NativeExchange(Exchange):
         super().__init__()
         self.rank, self.size = dist.get_rank(gather_group), dist.get_world_size(gather_group)
         self._reduce_dtype = reduce_dtype
+        self._closed = False
         streams = [torch.cuda.Stream(device) if overlap and device.type == "cuda" else None for _ in range(2)]
         self._gathers, self._reductions = _Lane(gather_group, streams[0]), _Lane(reduce_group, streams[1])
 
@@ -107,9 +109,14 @@ class NativeExchange(Exchange):
 
     def broadcast(self, value: torch.Tensor) -> None:
         wire = value.contiguous()
-        dist.broadcast(wire, group=self._gathers.group, group_src=0)
+        dist.broadcast(wire, group=self._reductions.group, group_src=0)  # not behind gathers that are on their way
         if wire is not value:
             value.copy_(wire)
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            process_group.leave(self._gathers.group, self._reductions.group)
 
     def _everyones(self, value: torch.Tensor) -> torch.Tensor:
         """Return every rank's ``value``, shape ``[world, *value.shape]``."""

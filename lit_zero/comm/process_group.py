@@ -13,6 +13,11 @@ def is_initialized() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def size() -> int:
+    """Return the number of ranks that this process belongs to, itself included."""
+    return dist.get_world_size() if is_initialized() else 1
+
+
 def default_backend(device: torch.device) -> str:
     """Return the backend that serves ``device``: ``nccl`` for CUDA, ``gloo`` for the rest."""
     return "nccl" if device.type == "cuda" else "gloo"
@@ -22,6 +27,13 @@ def destroy() -> None:
     """Leave the process group, if this process is in one."""
     if is_initialized():
         dist.destroy_process_group()
+
+
+def leave(*groups: dist.ProcessGroup) -> None:
+    """Give up groups that this process has opened; they are gone already once the default group has been left."""
+    for group in groups:
+        if is_initialized():
+            dist.destroy_process_group(group)
 
 
 def broadcast_object(value: Any, source: int = 0) -> Any:

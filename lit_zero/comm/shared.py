@@ -65,13 +65,19 @@ class Address:
 
 
 class _Segment:
-    """A mapped file, read and written as bytes."""
+    """A mapped file."""
 
     def __init__(self, descriptor: int, size: int) -> None:
         self.size = size
         self.memory = mmap.mmap(descriptor, size)
-        self.bytes = torch.frombuffer(self.memory, dtype=torch.uint8)  # [size]
-        self.address = self.bytes.data_ptr()
+        self.address = _tensor(self.memory, 0, 1).data_ptr()
+
+
+def _tensor(memory: mmap.mmap, offset: int, size: int) -> torch.Tensor:
+    """Return bytes of mapped memory as a tensor with a storage of its own, so that what is counted by storages is what
+    is used.
+    """
+    return torch.frombuffer(memory, dtype=torch.uint8, count=size, offset=offset)
 
 
 class Arena:
@@ -101,7 +107,7 @@ class Arena:
         padded = max(-(-size // _ALIGN), 1) * _ALIGN
         free = self._free.get(padded)
         place = free.pop() if free else self._extend(padded)
-        return self._segments[place.segment].bytes[place.offset : place.offset + size]
+        return _tensor(self._segments[place.segment].memory, place.offset, size)
 
     def give_back(self, buffer: torch.Tensor) -> None:
         """Return the pages of what :meth:`allocate` gave to the system. Nobody may read them any more."""
@@ -160,7 +166,7 @@ class Neighbour:
     def __init__(self, address: Address) -> None:
         self._process = address.process
         self._header = self._map(address.descriptor, _ALIGN)
-        self._segments: list[torch.Tensor] = []
+        self._segments: list[mmap.mmap] = []
         if _HEADER.unpack_from(self._header, 0)[0] != address.nonce:
             raise OSError("the process found is not the rank that was looked for")
 
@@ -169,9 +175,8 @@ class Neighbour:
         while len(self._segments) <= place.segment:
             entry = _HEADER.size + len(self._segments) * _ENTRY.size
             descriptor, size = _ENTRY.unpack_from(self._header, entry)
-            self._segments.append(torch.frombuffer(self._map(descriptor, size), dtype=torch.uint8))
-        end = place.offset + numel * dtype.itemsize
-        return self._segments[place.segment][place.offset : end].view(dtype)
+            self._segments.append(self._map(descriptor, size))
+        return _tensor(self._segments[place.segment], place.offset, numel * dtype.itemsize).view(dtype)
 
     def _map(self, descriptor: int, size: int) -> mmap.mmap:
         opened = os.open(f"/proc/{self._process}/fd/{descriptor}", os.O_RDWR)

@@ -8,7 +8,8 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from lit_zero.config import jobs, search_path
+from lit_zero.config import job_process, jobs, search_path
+from lit_zero.config.trial import check_folder
 from lit_zero.config.validate import validate
 from lit_zero.core.errors import ConfigError
 
@@ -25,6 +26,7 @@ def main(
 
     Before anything starts, the configuration of every job on the command line, of a sweep too, is composed and given to
     :func:`lit_zero.config.validate`. What is wrong with it is said in one line, and the program ends with exit code 1.
+    Every job of a sweep runs in processes of its own, see the note in ``lit_zero.config.job_process``.
 
     Args:
         config_name: the root config.
@@ -36,16 +38,11 @@ def main(
     import hydra
 
     def decorate(task: Task) -> Callable[[], None]:
-        @functools.wraps(task)
-        def job(cfg: DictConfig) -> Any:
-            validate(cfg)  # a sweeper may have drawn values that no command line shows
-            return task(cfg)
-
-        run = hydra.main(config_path=config_path, config_name=config_name, version_base=version_base)(job)
+        run = hydra.main(config_path=config_path, config_name=config_name, version_base=version_base)(_Job(task))
 
         @functools.wraps(task)
         def entry() -> None:
-            if jobs.TEAM not in os.environ:
+            if jobs.TEAM not in os.environ and job_process.REPORT not in os.environ:  # nobody has checked it yet
                 try:
                     _check_command_line(task, config_path, config_name)
                 except ConfigError as error:
@@ -55,6 +52,31 @@ def main(
         return entry
 
     return decorate
+
+
+class _Job:
+    """What Hydra calls for every job.
+
+    A launcher plugin may send it to a worker process. The copy there leaves the task behind: it only starts the
+    processes of a job of a sweep, and the worker need not find the modules that the user's script imports.
+
+    Attributes:
+        takes_up: a sweep can be taken up again with it; what ``SweepTable`` asks for.
+    """
+
+    takes_up = True
+
+    def __init__(self, task: Task | None) -> None:
+        self._task = task
+        if task is not None:
+            functools.update_wrapper(self, task)  # Hydra looks for the file of what is wrapped
+
+    def __call__(self, cfg: DictConfig) -> Any:
+        validate(cfg)  # a sweeper may have drawn values that no command line shows
+        return job_process.run(self._task, cfg)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Job, (None,)
 
 
 def _check_command_line(task: Task, config_path: str, config_name: str) -> None:
@@ -71,6 +93,7 @@ def _check_command_line(task: Task, config_path: str, config_name: str) -> None:
     )
     from hydra.core.config_search_path import SearchPathQuery
     from hydra.core.utils import setup_globals
+    from hydra.types import RunMode
 
     arguments = get_args_parser().parse_args()
     asks = (
@@ -90,6 +113,7 @@ def _check_command_line(task: Task, config_path: str, config_name: str) -> None:
         paths.prepend(provider="command-line", path=f"file://{folder}", anchor=SearchPathQuery(provider="schema"))
     sources = ConfigLoaderImpl(config_search_path=paths)
     for config in _jobs(sources, arguments.config_name or config_name, arguments.overrides, arguments.multirun):
+        check_folder(config, arguments.multirun or config.hydra.mode == RunMode.MULTIRUN)
         validate(config)
 
 
@@ -110,6 +134,7 @@ def _jobs(loader: Any, config_name: str, overrides: list[str], multirun: bool) -
         config = loader.load_configuration(config_name, lines, RunMode.MULTIRUN, validate_sweep_overrides=False)
         if not multirun and config.hydra.mode != RunMode.MULTIRUN:
             return [loader.load_configuration(config_name, lines, RunMode.RUN)]
+        _check_started_once()
         params = OmegaConf.select(config, "hydra.sweeper.params") or {}
         lines = [f"{key}={value}" for key, value in params.items()] + lines
         parsed = OverridesParser.create(config_loader=loader).parse_overrides(lines)
@@ -125,5 +150,23 @@ def _jobs(loader: Any, config_name: str, overrides: list[str], multirun: bool) -
             lines = [*hydra_lines, *job]
             configs.append(loader.load_configuration(config_name, lines, RunMode.RUN))
         return configs
+    except ConfigError:
+        raise
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: a number as a group's option
         raise ConfigError(explain(loader, config_name, lines, error)) from error
+
+
+def _check_started_once() -> None:
+    """Refuse a sweep in several processes: each would run all of it, and draw values of its own.
+
+    Raises:
+        ConfigError: if torchrun or srun has started this program more than once.
+    """
+    for variable, starter in (("WORLD_SIZE", "torchrun"), ("SLURM_STEP_NUM_TASKS", "srun")):
+        processes = os.environ.get(variable, "1")
+        if processes.isdigit() and int(processes) > 1:
+            raise ConfigError(
+                f"A sweep must be started once, but {variable}={processes} says that {starter} has started it "
+                f"{processes} times. Start it without {starter}: each job starts its own processes, as many as "
+                f"trainer.devices says. Or start every job with {starter}, without -m."
+            )

@@ -18,6 +18,12 @@ from lit_zero.core.errors import did_you_mean
 
 _WORDS: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 _NODES: dict[type, Any] = {BooleanNode: bool, IntegerNode: int, FloatNode: float, StringNode: str}
+_PLUGINS = {
+    "hydra/sweeper/optuna": "hydra-optuna-sweeper",
+    "hydra/launcher/joblib": "hydra-joblib-launcher",
+    "hydra/launcher/submitit_local": "hydra-submitit-launcher",
+    "hydra/launcher/submitit_slurm": "hydra-submitit-launcher",
+}
 
 
 def explain(loader: Any, config_name: str, lines: list[str], error: Exception) -> str:
@@ -33,6 +39,13 @@ def explain(loader: Any, config_name: str, lines: list[str], error: Exception) -
         reason = next(line for line in error.message.splitlines() if not line.startswith(("Error parsing", "See ")))
         return (
             f"{error.override!r} cannot be read as key=value: {reason}. A value with special characters needs quotes."
+        )
+    missing = str(getattr(error, "missing_cfg_file", ""))
+    if missing in _PLUGINS:
+        option = "=".join(missing.rsplit("/", 1))
+        return (
+            f"{option} needs the package {_PLUGINS[missing]}, which is not installed. Install it with "
+            "'pip install lit_zero[sweep]'."
         )
     parsed = [
         o for o in OverridesParser.create(config_loader=loader).parse_overrides(lines) if not o.is_hydra_override()

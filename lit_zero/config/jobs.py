@@ -12,6 +12,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +32,8 @@ _NOT_FOR_RANKS = (
     "hydra/sweeper",
     "hydra.launcher",
     "hydra/launcher",
+    "hydra.job.num",
+    "hydra.job.id",
 )
 
 
@@ -43,7 +47,9 @@ class Job:
         overrides: what was typed or drawn for this job.
         cwd: the folder in which the app was started.
         settings: further overrides that make another process run this job, see the note above.
-        log_file: the job's log file, if it has one: each rank writes its own beside it.
+        log_file: the job's log file, if it has one: each rank but rank 0 writes its own beside it.
+        in_sweep: this process runs the jobs of a sweep, one after the other.
+        resume: it takes up an earlier sweep, see ``lit_zero.config.sweep``.
     """
 
     folder: str
@@ -52,14 +58,18 @@ class Job:
     cwd: str
     settings: tuple[str, ...]
     log_file: str | None
+    in_sweep: bool = False
+    resume: bool = False
 
     def command(self, rank: int) -> list[str]:
         """Return the command line that runs this job as ``rank``, to be started in ``cwd``."""
         own = []
-        if self.log_file is not None:
+        if self.log_file is not None and rank > 0:
             path = Path(self.log_file)
             log_file = path.with_name(f"{path.stem}_rank{rank}{path.suffix}")
             own.append(f"hydra.job_logging.handlers.file.filename={_quoted(str(log_file))}")
+        if _PROGRAM not in os.environ:  # lit_zero was first imported when the job built its strategy
+            remember_program(self.cwd)
         return [*_program(), *self.settings, *self.overrides, *own]
 
 
@@ -79,6 +89,7 @@ def current_job() -> Job | None:
     number = OmegaConf.select(hydra, "job.num", throw_on_missing=False)
     if number is not None:  # a rank's config may refer to them
         settings += [f"hydra.job.num={number}", f"hydra.job.id={_quoted(str(hydra.job.id))}"]
+        settings += [f"hydra.sweep.{key}={_quoted(str(hydra.sweep[key]))}" for key in ("dir", "subdir")]
     return Job(
         folder=folder,
         number=number,
@@ -86,11 +97,27 @@ def current_job() -> Job | None:
         cwd=hydra.runtime.cwd,
         settings=tuple(settings),
         log_file=OmegaConf.select(hydra, "job_logging.handlers.file.filename", throw_on_missing=False),
+        in_sweep=hydra.mode is not None and hydra.mode.name == "MULTIRUN",
+        resume=any(bool(node.get("resume")) for node in tables(hydra).values()),
     )
 
 
-def remember_program() -> None:
-    """Note how this Hydra app was started, for this process and for the processes it starts."""
+def tables(hydra: Any) -> dict[str, Any]:
+    """Return the nodes of a Hydra configuration that build a ``SweepTable``, by their names among the callbacks."""
+    callbacks = hydra.callbacks or {}
+    return {
+        str(name): node
+        for name, node in callbacks.items()
+        if node is not None and str(node.get("_target_")).endswith("config.sweep.SweepTable")
+    }
+
+
+def remember_program(folder: str = "") -> None:
+    """Note how this Hydra app was started, for this process and for the processes it starts.
+
+    Args:
+        folder: in which it was started; by default the working folder.
+    """
     from hydra._internal.utils import get_args_parser
 
     flags: list[str] = []
@@ -100,16 +127,20 @@ def remember_program() -> None:
         value = getattr(arguments, name, None)
         if value is not None:
             flags += [f"--{name.replace('_', '-')}", value]
-    os.environ[_PROGRAM] = json.dumps([*this_script(), *flags])
+    os.environ[_PROGRAM] = json.dumps([*this_script(folder), *flags])
 
 
-def this_script() -> list[str]:
-    """Return the command that starts the running script anew, without its arguments."""
+def this_script(folder: str = "") -> list[str]:
+    """Return the command that starts the running script anew, without its arguments.
+
+    Args:
+        folder: in which it was started; by default the working folder.
+    """
     import __main__
 
     spec = getattr(__main__, "__spec__", None)
     if spec is None:
-        return [sys.executable, os.path.abspath(sys.argv[0])]
+        return [sys.executable, os.path.abspath(os.path.join(folder, sys.argv[0]))]
     # "python -m package" runs package/__main__.py, and is started again by the package's name
     return [sys.executable, "-m", spec.name.removesuffix(".__main__")]
 
@@ -125,3 +156,19 @@ def _quoted(text: str) -> str:
     inside = re.sub(r"(\\*)'", r"\1\1\'", text)
     closing = re.sub(r"(\\+)$", r"\1\1", inside)
     return f"'{closing}'"
+
+
+def typed(key: str, value: str) -> str:
+    """Return what to type in a shell so that Hydra gives ``key`` this value."""
+    return f"{key}={value}" if re.fullmatch(r"[\w./-]+", value) else shlex.quote(f"{key}={_quoted(value)}")
+
+
+def exit_in_words(code: int) -> str:
+    """Return how a process ended: its exit code, or the name of the signal that ended it."""
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    return name + (", as when memory runs out" if name == "SIGKILL" else "")

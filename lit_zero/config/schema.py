@@ -45,12 +45,12 @@ class ZeroStage3(ZeroSharded):
 
 @dataclass
 class PrecisionTrue32(Target):
-    """``precision=32-true``: one dtype everywhere, so nothing to choose."""
+    """``precision=32-true`` and ``precision=64-true``: one dtype everywhere, so nothing to choose."""
 
 
 @dataclass
 class PrecisionTrue16(Target):
-    """``precision=bf16-true``: only the sum over ranks may be in another dtype."""
+    """``precision=bf16-true`` and ``precision=16-true``: only the sum over ranks may be in another dtype."""
 
     reduce_dtype: str = MISSING
 
@@ -176,7 +176,7 @@ class TrainerSchema(Target):
 
 SCHEMAS: dict[str, dict[str, type]] = {
     "zero": {"none": ZeroNone, "stage1": ZeroSharded, "stage2": ZeroSharded, "stage3": ZeroStage3},
-    "precision": {"32-true": PrecisionTrue32, "bf16-true": PrecisionTrue16, "mixed": PrecisionMixed},
+    "precision": {"32-true": PrecisionTrue32, "16-true": PrecisionTrue16, "mixed": PrecisionMixed},
     "optimizer": {"adam": AdamSchema, "sgd": SGDSchema},
     "scheduler": {"cosine": CosineSchema, "constant": ConstantSchema},
     "": {

@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_zero.core.errors import ConfigError, check_choice
+from lit_zero.config.trial import try_out
+from lit_zero.core.errors import ConfigError, check_local, did_you_mean
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -16,8 +17,10 @@ PROCESSES_PER_CORE = 4  # more processes on a CPU than this only wait for one an
 
 # The settings of lit_zero.Precision that have an effect in each of Lightning's precision modes.
 _PRECISION_KEYS = {
+    "64-true": set[str](),
     "32-true": set[str](),
     "bf16-true": {"reduce_dtype"},
+    "16-true": {"reduce_dtype"},
     "bf16-mixed": {"reduce_dtype", "gradient_dtype", "lower"},
     "16-mixed": {"reduce_dtype", "gradient_dtype", "lower"},
 }
@@ -40,17 +43,23 @@ def validate(cfg: DictConfig) -> None:
         _check_precision(cfg)
         _check_devices(cfg)
         _check_at_least(cfg, 1, "trainer.accumulate_grad_batches", "trainer.num_nodes")
+        _check_at_least(cfg, 0, "trainer.gradient_clip_val")
     if _target(cfg, "optimizer").startswith("torch.optim."):
         _check_at_least(cfg, 0, "optimizer.lr", "optimizer.weight_decay")
     if _target(cfg, "data") == "text_data.TextDataModule":
         _check_at_least(cfg, 1, "data.batch_size", "data.block_size", "data.vocab_size")
+        _check_at_least(cfg, 0, "data.num_workers")
         _check_exists(cfg, "data.path", "a text file or a folder")
     if _target(cfg, "model") == "lit_gpt.LitGPT":
         _check_model(cfg)
+    if _target(cfg, "scheduler") == "lit_gpt.warmup_cosine":
+        _check_at_least(cfg, 0, "scheduler.warmup_steps", "scheduler.final_fraction")
     _check_seed(cfg)
     if _get(cfg, "ckpt_path") not in ("last", "best", "hpc"):  # which Lightning finds by itself
+        check_local("ckpt_path", _get(cfg, "ckpt_path"))
         _check_exists(cfg, "ckpt_path", "a checkpoint")
     _check_logger(cfg)
+    try_out(cfg)
 
 
 def _target(cfg: DictConfig, group: str) -> str:
@@ -103,7 +112,12 @@ def _check_precision(cfg: DictConfig) -> None:
     mode = _get(cfg, "trainer.precision")
     if mode is None or _target(cfg, "precision") != "lit_zero.Precision":
         return
-    check_choice("trainer.precision", mode, _PRECISION_KEYS)
+    if mode not in _PRECISION_KEYS:
+        raise ConfigError(
+            f"trainer.precision={mode} has no precision group. {did_you_mean(mode, _PRECISION_KEYS)} Choose with the "
+            "group alone, as in precision=bf16-mixed. A script of your own may give other modes to "
+            "Trainer(precision=...)."
+        )
     keys = {str(key) for key in cfg.precision if not str(key).startswith("_")}
     if keys != _PRECISION_KEYS[mode]:
         raise ConfigError(
@@ -224,7 +238,7 @@ def _check_seed(cfg: DictConfig) -> None:
 
 def _check_exists(cfg: DictConfig, key: str, kind: str) -> None:
     path = _get(cfg, key)
-    if isinstance(path, str) and "://" not in path and not Path(path).expanduser().exists():
+    if isinstance(path, str) and not Path(path).expanduser().exists():
         raise ConfigError(f"{key}={path} does not exist: expected {kind}, seen from {os.getcwd()}.")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -49,3 +50,24 @@ def check_choice(key: str, value: object, choices: Iterable[str]) -> None:
     names = list(choices)
     if value not in names:
         raise ConfigError(f"{key}={value!r} is not known. {did_you_mean(value, names)}")
+
+
+# A scheme in front of a path, as it stands in an address, in a pathlib.Path of one, and below the working folder.
+_ADDRESS = re.compile(r"://|^[a-z][a-z0-9+.-]+:/|/file:/", re.IGNORECASE)
+
+
+def check_local(key: str, path: object) -> None:
+    """Raise ``UnsupportedError`` if ``path`` is an address such as ``s3://bucket/name``.
+
+    Args:
+        key: what the user has set, for example ``ModelCheckpoint.dirpath``.
+        path: what the user gave.
+
+    Raises:
+        UnsupportedError: naming the key, what came, and what to do instead.
+    """
+    if _ADDRESS.search(str(path)):
+        raise UnsupportedError(
+            f"{key}={path} is an address, but lit_zero reads and writes checkpoints on local or mounted file systems "
+            "only. Give a path of one, and copy checkpoints to and from the store yourself."
+        )

@@ -3,11 +3,6 @@
 Every module that Fabric sets up gets an engine of its own, so a program may have several (a generator and a
 discriminator). Optimizers may come with their module or after it.
 
-[Note: one word for Trainer and Fabric] A Trainer and Fabric want strategies of two different classes, and neither
-knows which of them a ``ZeroStrategy(...)`` is made for. It is made for a Trainer; when Fabric hands it its precision
-plugin, which no Trainer does, it becomes a ``FabricZeroStrategy`` with the arguments it was made with. Names
-(``"zero3"``) stand for the right class from the start.
-
 [Note: whose backward] In ``fabric.backward(loss)`` with one module, all ranks take its engine through the backward,
 whatever their loss reaches. With several modules only those that the loss reaches exchange gradients, or the one given
 as ``fabric.backward(loss, model=...)``.
@@ -19,48 +14,90 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from datetime import timedelta
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from lit_zero.checkpoint.policy import Checkpoint
+from lit_zero.comm.batch_norm import serve_the_cpu
 from lit_zero.comm.open import open_exchange
+from lit_zero.comm.policy import Comm
 from lit_zero.core.errors import ConfigError, LitZeroError, UnsupportedError
-from lit_zero.precision.policy import Lowering
+from lit_zero.precision.policy import Lowering, Precision
 from lit_zero.strategy import fabric_checkpoints
-from lit_zero.strategy.common import Common
 from lit_zero.strategy.fabric_checkpoints import Managed, ManagedModule
-from lit_zero.strategy.flavour import _BackwardSyncControl, fabric_plugins, fabric_strategies
+from lit_zero.strategy.flavour import (
+    _BackwardSyncControl,
+    _sync_ddp_if_available,
+    fabric_plugins,
+    fabric_strategies,
+)
+from lit_zero.strategy.launcher import new_job
+from lit_zero.strategy.layers import refuse_max_norm, refuse_sparse_optimizers
 from lit_zero.strategy.precision import agreeing_scaler, lowered_dtype
+from lit_zero.strategy.processes import choose_launcher
+from lit_zero.strategy.ranked import Ranked
 from lit_zero.strategy.refusals import refuse_tensors_without_memory
 from lit_zero.zero.binding import Binding
 from lit_zero.zero.engine import Engine
-from lit_zero.zero.late import add_optimizer
 from lit_zero.zero.norms import grad_norm, scale_to_norm
+from lit_zero.zero.policy import Placement, Zero
+
+_OF_A_TRAINER = {
+    "evaluation": ("once", "Fabric's loops are the user's own"),
+    "nonfinite_norm": ("error", "say fabric.clip_gradients(error_if_nonfinite=...)"),
+    "start_method": ("popen", "start several processes by script, torchrun or a cluster"),
+}
 
 
 class NonfiniteNormError(LitZeroError, RuntimeError):
     """The gradients that were to be clipped hold NaN or infinity; a ``RuntimeError`` as in torch."""
 
 
-class FabricZeroStrategy(Common, fabric_strategies.ParallelStrategy):
+class FabricZeroStrategy(Ranked, fabric_strategies.ParallelStrategy):
     """Shards the model states of every module that Fabric sets up; results equal those of one process.
 
     ``Fabric(strategy=ZeroStrategy("stage3"))``, or by name once lit_zero is imported: ``Fabric(strategy="zero3")``.
 
     Args:
-        args: as of :class:`~lit_zero.strategy.strategy.ZeroStrategy`.
-        kwargs: as of :class:`~lit_zero.strategy.strategy.ZeroStrategy`.
+        zero: as for a Trainer, see :class:`~lit_zero.strategy.strategy.ZeroStrategy`, and so are the others.
+        precision: how mixed modes treat parameters and gradients; the mode itself is ``Fabric(precision=...)``.
+        comm: how bytes travel.
+        checkpoint: format of what is written.
+        nonfinite_loss: what becomes of a loss that is NaN or infinite.
+        timeout: seconds, or a timedelta, that a collective waits for a rank that does not come.
+        process_group_backend: by default what serves the device.
+        kwargs: what Lightning passes to every parallel strategy. Arguments that only a Trainer knows may have their
+            defaults.
 
     Attributes:
         data_parallel_size: ranks over which batches are divided.
 
     Raises:
         ConfigError: for a wrong setting.
+        UnsupportedError: for a setting that only a Trainer knows.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        zero: str | Zero = "stage2",
+        precision: Precision | None = None,
+        comm: Comm | None = None,
+        checkpoint: str | Checkpoint = "full",
+        nonfinite_loss: Literal["error", "ignore"] = "error",
+        timeout: float | timedelta = 1800.0,
+        process_group_backend: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        new_job()
+        for name, (default, advice) in _OF_A_TRAINER.items():
+            value = kwargs.pop(name, default)
+            if value != default:
+                raise UnsupportedError(f"{name}={value!r} has no effect in Fabric: {advice}. Leave it out.")
+        super().__init__(**kwargs)
+        self._settle(zero, precision, comm, checkpoint, nonfinite_loss, "error", timeout, process_group_backend)
         self._managed = Managed()
         self._backward_sync_control = _NoReduce(self._managed)
         if self._checkpoint_io is not None:
@@ -105,6 +142,9 @@ class FabricZeroStrategy(Common, fabric_strategies.ParallelStrategy):
     def _set_world_ranks(self) -> None:
         self.set_world_ranks()
 
+    def _configure_launcher(self) -> None:
+        self._launcher = choose_launcher(self, "popen")
+
     # ---- setup
 
     @contextlib.contextmanager
@@ -112,7 +152,7 @@ class FabricZeroStrategy(Common, fabric_strategies.ParallelStrategy):
         """Where ``fabric.init_module`` builds: on the meta device if parameters are sharded, so that no rank ever
         holds the full model. ``fabric.setup`` then initialises it, module by module.
         """
-        if self._shards_parameters and empty_init is not False:
+        if self.zero.row.over(self.data_parallel_size).parameter is Placement.SHARD and empty_init is not False:
             with torch.device("meta"), self.precision.module_init_context():
                 yield
         else:
@@ -134,10 +174,11 @@ class FabricZeroStrategy(Common, fabric_strategies.ParallelStrategy):
 
     def setup_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         """Shard an optimizer of a module that was set up before."""
+        refuse_sparse_optimizers([optimizer])
         params = {param for group in optimizer.param_groups for param in group["params"]}
         for each in self._managed:
             if params <= set(each.module.parameters()):
-                add_optimizer(each.engine, optimizer)
+                each.engine.add_optimizer(optimizer)
                 return optimizer
         raise LitZeroError(
             f"{type(optimizer).__name__} holds parameters that are not all of one module that Fabric has set up. Call "
@@ -149,13 +190,15 @@ class FabricZeroStrategy(Common, fabric_strategies.ParallelStrategy):
         previous = Engine.of(module)
         if previous is not None:  # of another Fabric
             previous.detach()
-        # How many micro-batches will make a step is not known: their gradients must not be summed in 2 bytes.
-        lowering = Lowering(self.precision_policy, lowered_dtype(self.precision), accumulating=True)
+        refuse_max_norm(module, self.data_parallel_size)
+        refuse_sparse_optimizers(optimizers)
+        serve_the_cpu(module)
+        lowering = Lowering(self.precision_policy, lowered_dtype(self.precision))
         engine = Engine(
             module,
             optimizers,
             zero=self.zero,
-            exchange=open_exchange(self.comm, self.root_device, lowering.reduce_dtype, self._timeout),
+            exchange=open_exchange(self.comm, self.root_device, lowering.reduce_dtype, self.timeout),
             device=self.root_device,
             lowering=lowering,
         )
@@ -182,7 +225,7 @@ class FabricZeroStrategy(Common, fabric_strategies.ParallelStrategy):
         else:
             taking_part = [each.engine for each in self._managed] if len(self._managed) == 1 else []
         for engine in taking_part:
-            engine.begin_backward()
+            engine.begin_backward(tensor)
         super().backward(tensor, module, *args, **kwargs)
         for engine in taking_part:
             engine.end_backward()
@@ -226,7 +269,9 @@ class FabricZeroStrategy(Common, fabric_strategies.ParallelStrategy):
 
     def all_reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
         """Reduce ``tensor`` over the data-parallel ranks; anything else is returned as it is."""
-        return self._reduced(tensor, group, reduce_op)
+        if not isinstance(tensor, torch.Tensor):
+            return tensor
+        return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op)
 
     # ---- checkpoints
 

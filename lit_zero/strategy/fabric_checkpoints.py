@@ -171,14 +171,15 @@ def _save_sharded(path: Any, state: Mapping[str, Any], filters: Filter, managed:
             _apply_filter(other, dict(filters), _plain(value), extras)
     extras[sharded.KEYS] = {"weights": key, "optimizers": list(optimizers)}
     wanted = filters.get(key, lambda name, value: True)
-    pieces = each.engine.parameter_pieces()
+    entries = each.checkpoints.entries()
+    pieces = entries.pieces(each.engine.parameter_pieces())
     # No rank has the whole values: a filter that reads them must fail, not decide differently on every rank.
     kept = {p.name for p in pieces if wanted(p.name, torch.empty(tuple(p.shape), dtype=p.data.dtype, device="meta"))}
     sharded.save(
         path,
         weights=[piece for piece in pieces if piece.name in kept],
-        others={name: value for name, value in each.checkpoints.rest().items() if wanted(name, value)},
-        aliases={alias: name for alias, name in each.engine.aliases.items() if name in kept},
+        others={name: value for name, value in entries.others.items() if wanted(name, value)},
+        aliases={alias: name for alias, name in entries.aliases.items() if name in kept},
         optimizers=[each.checkpoints.parts(number) for _, number in optimizers.values()],
         extras=extras,
         world=World(),

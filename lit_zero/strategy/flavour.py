@@ -23,11 +23,25 @@ if TYPE_CHECKING:
         _BackwardSyncControl,
         _validate_keys_for_strict_loading,
     )
-    from lightning.fabric.utilities.distributed import _init_dist_connection, _sync_ddp_if_available
+    from lightning.fabric.utilities.data import _set_sampler_epoch
+    from lightning.fabric.utilities.distributed import (
+        DistributedSamplerWrapper,
+        _init_dist_connection,
+        _sync_ddp_if_available,
+    )
+    from lightning.fabric.utilities.imports import _IS_INTERACTIVE
     from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
     from lightning.fabric.utilities.seed import reset_seed
+    from lightning.pytorch.callbacks import BasePredictionWriter
+    from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSamplerWrapper, _IndexBatchSamplerWrapper
     from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
     from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+    from lightning.pytorch.strategies.launchers.multiprocessing import (
+        _check_bad_cuda_fork,
+        _check_missing_main_guard,
+        _GlobalStateSnapshot,
+        _MultiProcessingLauncher,
+    )
     from lightning.pytorch.strategies.parallel import ParallelStrategy
     from lightning.pytorch.trainer.states import TrainerFn
     from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
@@ -48,23 +62,42 @@ else:
 
     pl = import_module(_PL)
     fabric_plugins, fabric_strategies = import_module(f"{_FABRIC}.plugins"), import_module(f"{_FABRIC}.strategies")
-    _take(f"{_FABRIC}.plugins", "CheckpointIO", "ClusterEnvironment", "TorchCheckpointIO")
     _take(
         f"{_FABRIC}.strategies.strategy", "_apply_filter", "_BackwardSyncControl", "_validate_keys_for_strict_loading"
     )
-    _take(f"{_FABRIC}.utilities.distributed", "_init_dist_connection", "_sync_ddp_if_available")
+    _take(f"{_FABRIC}.plugins", "CheckpointIO", "ClusterEnvironment", "TorchCheckpointIO")
+    _take(f"{_FABRIC}.utilities.data", "_set_sampler_epoch")
+    _take(
+        f"{_FABRIC}.utilities.distributed",
+        "DistributedSamplerWrapper",
+        "_init_dist_connection",
+        "_sync_ddp_if_available",
+    )
+    _take(f"{_FABRIC}.utilities.imports", "_IS_INTERACTIVE")
     _take(f"{_FABRIC}.utilities.seed", "reset_seed")
     fabric_rank_zero_only = import_module(f"{_FABRIC}.utilities.rank_zero").rank_zero_only
+    _take(f"{_PL}.callbacks", "BasePredictionWriter")
+    _take(f"{_PL}.overrides.distributed", "UnrepeatedDistributedSamplerWrapper", "_IndexBatchSamplerWrapper")
     _take(f"{_PL}.plugins.precision", "DoublePrecision", "HalfPrecision", "MixedPrecision", "Precision")
     _take(f"{_PL}.strategies", "DDPStrategy", "StrategyRegistry")
+    _take(
+        f"{_PL}.strategies.launchers.multiprocessing",
+        "_GlobalStateSnapshot",
+        "_MultiProcessingLauncher",
+        "_check_bad_cuda_fork",
+        "_check_missing_main_guard",
+    )
     _take(f"{_PL}.strategies.parallel", "ParallelStrategy")
     _take(f"{_PL}.trainer.states", "TrainerFn")
     _take(f"{_PL}.utilities.rank_zero", "rank_zero_only", "rank_zero_warn")
 
 __all__ = [
+    "_IS_INTERACTIVE",
+    "BasePredictionWriter",
     "CheckpointIO",
     "ClusterEnvironment",
     "DDPStrategy",
+    "DistributedSamplerWrapper",
     "DoublePrecision",
     "HalfPrecision",
     "MixedPrecision",
@@ -73,9 +106,16 @@ __all__ = [
     "StrategyRegistry",
     "TorchCheckpointIO",
     "TrainerFn",
+    "UnrepeatedDistributedSamplerWrapper",
     "_BackwardSyncControl",
+    "_GlobalStateSnapshot",
+    "_IndexBatchSamplerWrapper",
+    "_MultiProcessingLauncher",
     "_apply_filter",
+    "_check_bad_cuda_fork",
+    "_check_missing_main_guard",
     "_init_dist_connection",
+    "_set_sampler_epoch",
     "_sync_ddp_if_available",
     "_validate_keys_for_strict_loading",
     "fabric_plugins",

@@ -20,7 +20,7 @@ import torch
 from lit_zero.config import jobs
 from lit_zero.strategy.ranks import ClusterEnvironment, Follower, Leader, RankError
 
-__all__ = ["JobLauncher", "RankError", "new_job"]
+__all__ = ["JobLauncher", "RankError", "end_lone_job", "new_job"]
 
 T = TypeVar("T")
 
@@ -32,14 +32,21 @@ class JobLauncher:
         cluster_environment: says who starts the processes, and where they meet.
         num_processes: ranks on this machine.
         num_nodes: machines.
+        timeout: seconds that this process waits for the ranks it starts.
     """
 
-    is_interactive_compatible = False
-
-    def __init__(self, cluster_environment: ClusterEnvironment, num_processes: int, num_nodes: int) -> None:
+    def __init__(
+        self, cluster_environment: ClusterEnvironment, num_processes: int, num_nodes: int, timeout: float = 1800.0
+    ) -> None:
         self.cluster_environment = cluster_environment
         self.num_processes = num_processes
         self.num_nodes = num_nodes
+        self.timeout = timeout
+
+    @property
+    def is_interactive_compatible(self) -> bool:
+        """In a notebook there is no script that other processes could run."""
+        return self.num_processes == self.num_nodes == 1
 
     def launch(self, function: Callable[..., T], *args: Any, trainer: Any = None, **kwargs: Any) -> T:
         """Start the other ranks if that has not happened yet, then call ``function`` in this one.
@@ -54,7 +61,7 @@ class JobLauncher:
         environment = self.cluster_environment
         environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
         if not environment.creates_processes_externally:
-            _Process.here = Leader.start(environment, self.num_processes, self.num_nodes)
+            _Process.here = Leader.start(environment, self.num_processes, self.num_nodes, self.timeout)
         elif _Process.here is None and jobs.TEAM in os.environ:
             _Process.here = Follower(Path(os.environ[jobs.TEAM]), environment.local_rank())
         _share_cores(self.num_processes)
@@ -77,6 +84,14 @@ def new_job() -> None:
     """
     here = _Process.here
     if isinstance(here, Leader) and here.job != jobs.current_job():
+        here.close()
+        _Process.here = None
+
+
+def end_lone_job() -> None:
+    """Forget an earlier job of this process that had no other rank: from here on, ranks are started in another way."""
+    here = _Process.here
+    if isinstance(here, Leader) and here.alone:
         here.close()
         _Process.here = None
 

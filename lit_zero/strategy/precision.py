@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lit_zero.core.errors import UnsupportedError
+from lit_zero.core.errors import LitZeroError, UnsupportedError
 from lit_zero.strategy.flavour import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 from lit_zero.zero.engine import Engine
 
@@ -24,29 +24,40 @@ class _OnShards:
     """
 
     _engine: Callable[[], Engine]
+    _strict = False  # a norm that is not finite is an error
+
+    def _refuse_norm(self, norm: torch.Tensor) -> bool:
+        # With a loss scaler, an infinite norm is the sign on which the step is skipped.
+        return self._strict and getattr(self, "scaler", None) is None and not bool(norm.isfinite())
 
     def backward(self, tensor: torch.Tensor, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         engine = self._engine()
-        engine.begin_backward()
+        engine.begin_backward(tensor)
         super().backward(tensor, model, optimizer, *args, **kwargs)  # type: ignore[misc]
         engine.end_backward()
 
     def clip_grad_by_norm(self, optimizer: Any, clip_val: float) -> None:
-        self._engine().clip_grad_norm(clip_val)
+        engine = self._engine()
+        norm = engine.clip_grad_norm(clip_val, optimizer=bare(optimizer))
+        if self._refuse_norm(norm):
+            raise LitZeroError(
+                f"The gradient norm is {norm.item()} and cannot be clipped to {clip_val}. No weight has been changed "
+                "by it. Set nonfinite_norm='ignore' in ZeroStrategy to train on."
+            )
 
     def clip_grad_by_value(self, optimizer: Any, clip_val: float) -> None:
-        self._engine().clip_grad_value(clip_val)
+        self._engine().clip_grad_value(clip_val, optimizer=bare(optimizer))
 
 
 class _AgreeingScaler(torch.amp.GradScaler):
     """A loss scaler on which all ranks agree: one rank's overflow skips the step everywhere.
 
     Attributes:
-        skipped: the last step was skipped.
+        skipped: by the id of each optimizer: its last step was skipped.
     """
 
     _engine: Callable[[], Engine]
-    skipped = False
+    skipped: dict[int, bool]
 
     def _unscale_grads_(
         self, optimizer: Any, inv_scale: Any, found_inf: Any, allow_fp16: bool
@@ -56,22 +67,23 @@ class _AgreeingScaler(torch.amp.GradScaler):
         engine = self._engine()
         flag = next(iter(found.values())) if found else torch.zeros(1, device=engine.device)
         flag = engine.exchange.maximum(flag)
-        self.skipped = bool(flag.item())
+        self.skipped[id(optimizer)] = bool(flag.item())
         return {flag.device: flag}
 
 
-def over_shards(plugin: Precision, engine: Callable[[], Engine]) -> Precision:
+def over_shards(plugin: Precision, engine: Callable[[], Engine], strict: bool) -> Precision:
     """Return ``plugin`` with gradients taken from the engine.
 
     Args:
         plugin: what Lightning made of ``Trainer(precision=...)`` or ``Trainer(plugins=...)``.
         engine: returns the engine once it exists.
+        strict: a gradient norm that is to be clipped and is not finite is an error.
 
     Raises:
         UnsupportedError: for a plugin that replaces the model's layers.
     """
     if isinstance(plugin, _OnShards):
-        plugin._engine = engine
+        plugin._engine, plugin._strict = engine, strict
         return plugin
     base = type(plugin)
     if not any(base is known or (issubclass(base, known) and known is not Precision) for known in _KNOWN):
@@ -83,7 +95,7 @@ def over_shards(plugin: Precision, engine: Callable[[], Engine]) -> Precision:
     kind = type(base.__name__, (_OnShards, base), {"__qualname__": base.__qualname__, "__module__": base.__module__})
     covered: Any = object.__new__(kind)
     covered.__dict__.update(vars(plugin))
-    covered._engine = engine
+    covered._engine, covered._strict = engine, strict
     scaler = getattr(plugin, "scaler", None)
     if scaler is not None:
         covered.scaler = agreeing_scaler(scaler, engine)
@@ -100,8 +112,14 @@ def agreeing_scaler(scaler: torch.amp.GradScaler, engine: Callable[[], Engine]) 
     """
     agreeing = object.__new__(_AgreeingScaler)
     agreeing.__dict__.update(vars(scaler))
-    agreeing._engine = engine
+    agreeing._engine, agreeing.skipped = engine, {}
     return agreeing
+
+
+def bare(optimizer: Any) -> torch.optim.Optimizer:
+    """Return an optimizer without Lightning's wrapper."""
+    inner: torch.optim.Optimizer = getattr(optimizer, "_optimizer", optimizer)
+    return inner
 
 
 def lowered_dtype(plugin: Any) -> torch.dtype | None:
@@ -111,7 +129,7 @@ def lowered_dtype(plugin: Any) -> torch.dtype | None:
 
 
 def hold_with_skipped_steps(scheduler: Any, plugin: Precision) -> None:
-    """Let ``scheduler`` stand still when the loss scaler has skipped the step.
+    """Let ``scheduler`` stand still when the loss scaler has skipped its optimizer's step.
 
     The scheduler gets a class of the same name whose ``step`` looks first; its state, which goes into checkpoints, is
     untouched.
@@ -122,7 +140,8 @@ def hold_with_skipped_steps(scheduler: Any, plugin: Precision) -> None:
     base = type(scheduler)
 
     def step(self: Any, *args: Any, **kwargs: Any) -> None:
-        if not scaler.skipped:
+        own = getattr(self, "optimizer", None)  # some schedulers steer by other means than an optimizer of theirs
+        if not (any(scaler.skipped.values()) if own is None else scaler.skipped.get(id(own), False)):
             base.step(self, *args, **kwargs)
 
     scheduler.__class__ = type(

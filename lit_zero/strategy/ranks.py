@@ -22,16 +22,18 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn, Protocol, TypeVar
 
-from lit_zero.comm import process_group
+from lit_zero.comm import meeting, process_group
 from lit_zero.config import jobs
 from lit_zero.core.errors import LitZeroError
+from lit_zero.strategy.kinds import kind_of, same_kind
 
 T = TypeVar("T")
 
@@ -39,7 +41,9 @@ NOTICE_SECONDS = 4.0  # for rank 0 to notice by itself that a rank has failed
 STUCK_SECONDS = 15.0  # after which a process that has not noticed is ended
 SETTLE_SECONDS = 2.0  # in which the exit code of a rank follows the loss of its connection
 LEAVE_SECONDS = 30.0  # for the ranks to end once rank 0 has finished
+ASK_SECONDS = 30.0  # after which rank 0 says for which ranks it waits
 POLL_SECONDS = 0.1
+_SAME_WAY = "Every rank must run the same script up to the same call of the Trainer."
 
 
 class RankError(LitZeroError, RuntimeError):
@@ -88,6 +92,28 @@ class Failure:
         return f"rank {self.rank} of {ranks} failed with {self.kind}\n\nThe traceback of rank {self.rank}:\n{self.text}"
 
 
+def first_failure(folder: Path, codes: Mapping[int, int | None], since: float = 0.0) -> Failure | None:
+    """Return the failure that came first, ``None`` if no rank has failed.
+
+    Args:
+        folder: where the ranks leave the tracebacks of their failures.
+        codes: exit codes by rank, ``None`` for a rank that lives; to be read before this is called, since a rank
+            writes first and ends then.
+        since: seconds since the epoch; a rank that has reported an error before and lives on has dealt with it.
+    """
+    failures = []
+    for rank, code in codes.items():
+        try:
+            report = json.loads((folder / f"rank{rank}.error").read_text())
+        except FileNotFoundError:
+            # Killed, or failed on its own outside the Trainer: earlier than what the others then report of lost
+            # connections.
+            report = {"time": 0.0, "kind": "", "text": jobs.exit_in_words(code)} if code else None
+        if report is not None and (code or report["time"] >= since):
+            failures.append(Failure(rank=rank, **report))
+    return min(failures, default=None)
+
+
 class Follower:
     """A rank that was started by a leader.
 
@@ -110,7 +136,7 @@ class Follower:
             return function()
         except Exception as error:
             text = "".join(traceback.format_exception(error))
-            report = json.dumps({"time": time.time(), "kind": _kind(error), "text": text})
+            report = json.dumps({"time": time.time(), "kind": kind_of(error), "text": text})
             temporary = path.with_suffix(".tmp")
             temporary.write_text(report)
             os.replace(temporary, path)
@@ -129,10 +155,12 @@ class Leader:
 
     Attributes:
         job: the Hydra job, ``None`` outside Hydra.
+        alone: the job has one rank, this one.
     """
 
     def __init__(self) -> None:
         self.job = jobs.current_job()
+        self.alone = False
         self._folder = Path()  # where the other ranks leave word
         self._before: dict[str, str | None] = {}  # environment variables that we changed, as they were
         self._ranks: dict[int, subprocess.Popen[bytes]] = {}
@@ -143,18 +171,29 @@ class Leader:
         self._closed = threading.Event()
 
     @classmethod
-    def start(cls, environment: ClusterEnvironment, num_processes: int, num_nodes: int) -> Leader:
+    def start(
+        cls, environment: ClusterEnvironment, num_processes: int, num_nodes: int, timeout: float = 1800.0
+    ) -> Leader:
         """Start the other ranks of this machine and wait until each has got as far as this one.
 
+        Args:
+            environment: says where the ranks meet.
+            num_processes: ranks on this machine.
+            num_nodes: machines.
+            timeout: seconds to wait for the ranks.
+
         Raises:
-            RankError: if one of them ends before.
+            RankError: if one of them ends before, or does not come.
         """
         self = cls()
+        self.alone = num_processes * num_nodes == 1
         self._set("MASTER_ADDR", environment.main_address)
         self._set("MASTER_PORT", str(environment.main_port))
         self._set("NODE_RANK", str(environment.node_rank()))
         self._set("WORLD_SIZE", str(num_processes * num_nodes))
         self._set("LOCAL_RANK", str(environment.local_rank()))
+        if num_nodes == 1:  # else other leaders start ranks too, and have not heard of each other
+            self._set(meeting.JOB, uuid.uuid4().hex)
         if num_processes == 1:
             return self
         self._folder = Path(tempfile.mkdtemp(prefix="lit_zero-"))
@@ -164,6 +203,7 @@ class Leader:
             variables = {**os.environ, "LOCAL_RANK": str(rank), jobs.TEAM: str(self._folder)}
             cwd = None if self.job is None else self.job.cwd
             self._ranks[rank] = subprocess.Popen(command, env=variables, cwd=cwd)
+        began, asked = time.monotonic(), False
         while waiting := [rank for rank in self._ranks if not (self._folder / f"rank{rank}.ready").exists()]:
             for rank in waiting:
                 code = self._ranks[rank].poll()
@@ -171,10 +211,25 @@ class Leader:
                     self._failed = True
                     self.close()
                     raise RankError(
-                        f"rank {rank} of {num_processes} ended ({_exit_in_words(code)}) before it began to train. "
-                        "Its own output above says why; every rank must run the same script up to the same call of "
-                        "the Trainer."
+                        f"rank {rank} of {num_processes} ended ({jobs.exit_in_words(code)}) before it began to train. "
+                        f"Its own output above says why. {_SAME_WAY}"
                     )
+            waited, absent = time.monotonic() - began, f"rank {', '.join(map(str, waiting))} of {num_processes}"
+            if waited > timeout:
+                self._failed = True
+                self._kill()
+                self.close()
+                raise RankError(
+                    f"{absent} did not begin to train within timeout={timeout:g} s and was ended. {_SAME_WAY} If the "
+                    "script only needs longer before that, raise timeout in ZeroStrategy."
+                )
+            if waited > ASK_SECONDS and not asked:
+                asked = True
+                print(
+                    f"lit_zero: still waiting, after {waited:.0f} s, for {absent} to begin to train. {_SAME_WAY}",
+                    file=sys.stderr,
+                    flush=True,
+                )
             time.sleep(POLL_SECONDS)
         threading.Thread(target=self._watch, name="lit_zero-watch", daemon=True).start()
         return self
@@ -198,7 +253,7 @@ class Leader:
                 cause = self._cause_of(error) if isinstance(error, Exception) else None
                 if cause is None:
                     raise
-                self._give_up(cause, "" if isinstance(error, RankError) else _kind(error))
+                self._give_up(cause, "" if isinstance(error, RankError) else kind_of(error))
             finally:
                 self._inside = False
 
@@ -231,7 +286,7 @@ class Leader:
         }
         if not self._failed and (stuck or failed):
             told = [f"rank {rank} did not end and was killed" for rank in stuck]
-            told += [f"rank {rank} failed afterwards ({_exit_in_words(code)})" for rank, code in failed.items()]
+            told += [f"rank {rank} failed afterwards ({jobs.exit_in_words(code)})" for rank, code in failed.items()]
             print(f"lit_zero: rank 0 has finished, but {', '.join(told)}.", file=sys.stderr, flush=True)
         if self._ranks:
             shutil.rmtree(self._folder, ignore_errors=True)
@@ -262,19 +317,8 @@ class Leader:
 
     def _first_failure(self) -> Failure | None:
         """Return the failure that came first, ``None`` if no other rank has failed."""
-        failures = []
-        for rank, process in self._ranks.items():
-            code = process.poll()  # before the file, which a rank writes before it ends
-            try:
-                report = json.loads((self._folder / f"rank{rank}.error").read_text())
-            except FileNotFoundError:
-                # Killed, or failed on its own outside the Trainer: earlier than what the others then report of lost
-                # connections.
-                report = {"time": 0.0, "kind": "", "text": _exit_in_words(code)} if code else None
-            # A rank that lives on after an error has dealt with it, as this one has if it is here again.
-            if report is not None and (code or report["time"] >= self._since):
-                failures.append(Failure(rank=rank, **report))
-        return min(failures, default=None)
+        codes = {rank: process.poll() for rank, process in self._ranks.items()}
+        return first_failure(self._folder, codes, self._since)
 
     def _cause_of(self, error: Exception) -> Failure | None:
         """Return the failure of another rank that made rank 0 raise ``error``, ``None`` if that is rank 0's own."""
@@ -285,7 +329,7 @@ class Leader:
         time.sleep(5 * POLL_SECONDS)  # a connection is lost a little before the exit code is known
         cause = self._first_failure()
         # The same error on every rank: rank 0's own tells as much, and has its type.
-        if cause is None or cause.kind == _kind(error) or cause.time > now:
+        if cause is None or same_kind(cause.kind, error) or cause.time > now:
             return None
         return cause
 
@@ -339,17 +383,3 @@ class Leader:
             self._listens = False
             # A wake-up may still be on its way: better unheard than in the hands of a default that ends the process.
             signal.signal(signal.SIGUSR2, signal.SIG_IGN if before in (signal.SIG_DFL, None) else before)
-
-
-def _kind(error: BaseException) -> str:
-    return f"{type(error).__qualname__}: {error}"
-
-
-def _exit_in_words(code: int) -> str:
-    if code >= 0:
-        return f"exit code {code}"
-    try:
-        name = signal.Signals(-code).name
-    except ValueError:
-        name = f"signal {-code}"
-    return name + (", as when memory runs out" if name == "SIGKILL" else "")

@@ -8,25 +8,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from lit_zero.core.errors import UnsupportedError
-from lit_zero.strategy.flavour import TorchCheckpointIO, pl
+from lit_zero.core.errors import ConfigError, UnsupportedError, check_local
+from lit_zero.strategy.flavour import TorchCheckpointIO
 
 # They copy the whole module, or write to single parameters, in ways that shards do not see.
-_CALLBACKS = ("StochasticWeightAveraging", "WeightAveraging", "ModelPruning", "BaseFinetuning")
+_SAME_DEVICES = (
+    "Give every Trainer of a script the same devices and num_nodes, or train with another number in a script of its "
+    "own."
+)
 
 
-def refuse_unsupported(trainer: Any, module: pl.LightningModule) -> None:
-    """Check a Trainer and its module for what ZeroStrategy cannot train.
+def refuse_unsupported(trainer: Any) -> None:
+    """Check a Trainer for what ZeroStrategy cannot train with.
 
     Raises:
         UnsupportedError: naming the feature and what to use instead.
     """
-    if not module.automatic_optimization:
-        raise UnsupportedError(
-            f"{type(module).__name__} uses manual optimization (automatic_optimization=False), which ZeroStrategy "
-            "does not support yet. "
-            "Use automatic optimization, or strategy='ddp'."
-        )
     plugin = trainer.strategy.checkpoint_io
     if type(plugin) is not TorchCheckpointIO:
         raise UnsupportedError(
@@ -34,12 +31,68 @@ def refuse_unsupported(trainer: Any, module: pl.LightningModule) -> None:
             "ranks. Remove it from Trainer(plugins=...)."
         )
     for callback in trainer.callbacks:
-        for name in _CALLBACKS:
-            if _is_a(callback, name):
-                raise UnsupportedError(
-                    f"The callback {type(callback).__name__} does not work with ZeroStrategy yet: it works on whole "
-                    "parameters. Remove it, or use strategy='ddp'."
-                )
+        if is_a(callback, "Checkpoint") and getattr(callback, "dirpath", None) is not None:
+            check_local(
+                f"{type(callback).__name__}.dirpath (by default below Trainer.default_root_dir)", callback.dirpath
+            )
+
+
+def refuse_other_devices(kind: str, backend: str | None) -> None:
+    """Check that the ranks' devices are of a kind on which ranks can exchange.
+
+    Args:
+        kind: ``cpu``, ``cuda``, ``mps``, ...
+        backend: the user's choice of the process group's backend, ``None`` for what serves the device.
+
+    Raises:
+        UnsupportedError: for a kind of device without exchange, such as Apple's ``mps``.
+        ConfigError: for a backend that does not serve the device.
+    """
+    serving = {"cpu": ("gloo", "cpu:gloo,cuda:nccl"), "cuda": ("nccl", "cpu:gloo,cuda:nccl")}
+    if kind not in serving:
+        raise UnsupportedError(
+            f"The Trainer has chosen the accelerator {kind!r}, between whose devices torch exchanges nothing; "
+            "ZeroStrategy runs on 'cpu' and 'cuda'. Use Trainer(accelerator='cpu')."
+        )
+    if backend is not None and backend not in serving[kind]:
+        raise ConfigError(
+            f"process_group_backend={backend!r} does not serve the device {kind!r}: expected one of "
+            f"{', '.join(map(repr, serving[kind]))}, or None."
+        )
+
+
+def refuse_other_size(size: int, wanted: int) -> None:
+    """Check that this process belongs to as many ranks as the Trainer asks for.
+
+    Args:
+        size: ranks of the process group.
+        wanted: ``devices`` times ``num_nodes``.
+
+    Raises:
+        ConfigError: naming both.
+    """
+    if size != wanted:
+        raise ConfigError(
+            f"The Trainer asks for {wanted} processes (devices times num_nodes), but this one belongs to a group of "
+            f"{size}: an earlier Trainer of this script has started {size}. {_SAME_DEVICES}"
+        )
+
+
+def refuse_surplus_rank(local_rank: int, devices: int) -> None:
+    """Check that there is a device for this rank.
+
+    Args:
+        local_rank: number of this rank on its machine.
+        devices: what the Trainer asks for there.
+
+    Raises:
+        ConfigError: naming both.
+    """
+    if local_rank >= devices:
+        raise ConfigError(
+            f"The Trainer asks for devices={devices}, but this process is rank {local_rank} of its machine: an earlier "
+            f"Trainer of this script has started more. {_SAME_DEVICES}"
+        )
 
 
 def refuse_no_optimizer(optimizers: Sequence[Any]) -> None:
@@ -73,12 +126,6 @@ def refuse_tensors_without_memory(module: nn.Module) -> None:
                 )
 
 
-def accumulates(trainer: Any) -> bool:
-    """Return whether, at some time, several micro-batches make a step."""
-    scheduled = any(_is_a(callback, "GradientAccumulationScheduler") for callback in trainer.callbacks)
-    return scheduled or trainer.accumulate_grad_batches > 1
-
-
-def _is_a(callback: Any, name: str) -> bool:
+def is_a(callback: Any, name: str) -> bool:
     """Return whether ``callback`` is of the class ``name``, of whichever Lightning."""
     return any(kind.__name__ == name for kind in type(callback).__mro__)

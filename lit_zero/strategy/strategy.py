@@ -4,29 +4,49 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from datetime import timedelta
+from typing import Any, Literal
 
 import torch
 
+from lit_zero.checkpoint.policy import Checkpoint
+from lit_zero.comm.batch_norm import serve_the_cpu
 from lit_zero.comm.open import open_exchange
-from lit_zero.core.errors import ConfigError, LitZeroError, UnsupportedError
-from lit_zero.precision.policy import Lowering
+from lit_zero.comm.policy import Comm
+from lit_zero.comm.roll_call import RollCall
+from lit_zero.core.errors import ConfigError, LitZeroError, check_choice
+from lit_zero.precision.policy import Lowering, Precision
+from lit_zero.strategy.averaging import StochasticOnShards, WeightAveragingOnShards
+from lit_zero.strategy.becoming import BecomesFabric
 from lit_zero.strategy.checkpoints import Checkpoints
-from lit_zero.strategy.common import Common
-from lit_zero.strategy.fabric import FabricZeroStrategy
-from lit_zero.strategy.flavour import ParallelStrategy, TrainerFn, pl
-from lit_zero.strategy.precision import hold_with_skipped_steps, lowered_dtype, over_shards
+from lit_zero.strategy.finetuning import name_groups
+from lit_zero.strategy.flavour import TrainerFn, pl
+from lit_zero.strategy.launcher import new_job
+from lit_zero.strategy.layers import refuse_max_norm, refuse_norms_that_do_more, refuse_sparse_optimizers
+from lit_zero.strategy.loading import Loading
+from lit_zero.strategy.manual import toggle_parameters, untouched
+from lit_zero.strategy.overlay import lay_over
+from lit_zero.strategy.precision import bare, hold_with_skipped_steps, lowered_dtype, over_shards
+from lit_zero.strategy.pretrained import Pending
+from lit_zero.strategy.processes import choose_launcher
+from lit_zero.strategy.pruning import PruningOnShards
 from lit_zero.strategy.refusals import (
-    accumulates,
     refuse_no_optimizer,
     refuse_tensors_without_memory,
     refuse_unsupported,
 )
+from lit_zero.strategy.talking import Talking
+from lit_zero.zero.access import Access
 from lit_zero.zero.engine import Engine
+from lit_zero.zero.policy import Placement, Zero
+from lit_zero.zero.units import plan_units
+
+_CALLBACKS = (WeightAveragingOnShards, StochasticOnShards, PruningOnShards)
 
 
-class ZeroStrategy(Common, ParallelStrategy):
+class ZeroStrategy(BecomesFabric, Loading, Talking):
     """Trains a LightningModule with its model states sharded over the ranks; results equal those of one process.
 
     ``Trainer(strategy=ZeroStrategy("stage3"))``, or by name once lit_zero is imported: ``Trainer(strategy="zero3")``.
@@ -41,21 +61,52 @@ class ZeroStrategy(Common, ParallelStrategy):
             read.
         nonfinite_loss: ``"error"``: a loss that is NaN or infinite ends the run before it can reach a weight (not in
             ``16-mixed``, where the loss scaler skips the step). ``"ignore"``: train on, as Lightning does.
+        nonfinite_norm: ``"error"``: a gradient norm that is to be clipped and is NaN or infinite ends the run before it
+            reaches a weight (not in ``16-mixed``). ``"ignore"``: clip with it, as torch does by default.
         timeout: seconds, or a timedelta, that a collective waits for a rank that does not come.
         process_group_backend: ``"gloo"``, ``"nccl"`` or ``"cpu:gloo,cuda:nccl"``; by default what serves the device.
+        evaluation: ``"once"``: every sample of an evaluation counts once, however many ranks there are.
+            ``"lightning"``: data is divided as Lightning does by itself, which repeats samples to even the ranks out.
+        start_method: how the Trainer starts the ranks: ``"popen"`` runs the script once more for each, ``"spawn"``,
+            ``"fork"`` and ``"forkserver"`` hand its objects to new processes and bring back the trained weights.
+            Notebooks need ``"fork"``.
         kwargs: what Lightning passes to every parallel strategy (``accelerator``, ``parallel_devices``,
             ``cluster_environment``, ...).
 
     Attributes:
         engine: the :class:`~lit_zero.zero.engine.Engine`, from ``setup`` on.
         data_parallel_size: ranks over which batches are divided.
+        pretrained: weights that :func:`~lit_zero.load_pretrained` has found and that wait for ``setup``.
 
     Raises:
         ConfigError: for a wrong setting.
     """
 
-    _engine: Engine | None = None
-    _checkpoints: Checkpoints | None = None
+    def __init__(
+        self,
+        zero: str | Zero = "stage2",
+        precision: Precision | None = None,
+        comm: Comm | None = None,
+        checkpoint: str | Checkpoint = "full",
+        nonfinite_loss: Literal["error", "ignore"] = "error",
+        nonfinite_norm: Literal["error", "ignore"] = "error",
+        timeout: float | timedelta = 1800.0,
+        process_group_backend: str | None = None,
+        evaluation: Literal["once", "lightning"] = "once",
+        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+        **kwargs: Any,
+    ) -> None:
+        self._remember(locals())
+        new_job()
+        super().__init__(evaluation, **kwargs)
+        self._settle(
+            zero, precision, comm, checkpoint, nonfinite_loss, nonfinite_norm, timeout, process_group_backend
+        )
+        check_choice("start_method", start_method, ("popen", "spawn", "fork", "forkserver"))
+        self._start_method = start_method
+        self._engine: Engine | None = None
+        self._checkpoints: Checkpoints | None = None
+        self.pretrained = Pending()
 
     @property
     def engine(self) -> Engine:
@@ -64,43 +115,34 @@ class ZeroStrategy(Common, ParallelStrategy):
             raise LitZeroError("The strategy has not been set up: call trainer.fit, validate, test or predict first.")
         return self._engine
 
-    def _become_fabric(self, plugin: Any) -> None:
-        """Take a precision plugin from Fabric, and be its strategy from here on [Note: one word for Trainer and
-        Fabric].
-        """
-        if type(self) is not ZeroStrategy:
-            raise UnsupportedError(
-                f"{type(self).__name__} is a strategy for a Trainer. Derive it from lit_zero.strategy.fabric."
-                "FabricZeroStrategy to use it in Fabric."
-            )
-        given, accelerator, this = self._given, self.accelerator, cast(Any, self)
-        this.__dict__.clear()
-        this.__class__ = FabricZeroStrategy
-        this.__init__(**given)
-        this.accelerator, this.precision = accelerator, plugin
-
-    precision = property(None, _become_fabric)  # a Trainer says precision_plugin
-    _precision = None  # Fabric looks whether the strategy brings one
-
     # ---- processes
 
-    @property
-    def is_distributed(self) -> bool:
-        """Tells the Trainer to divide the data over the ranks."""
-        return True
+    def _configure_launcher(self) -> None:
+        self._launcher = choose_launcher(self, self._start_method)
 
-    def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
-        """Reduce ``tensor`` over the data-parallel ranks; anything else is returned as it is."""
-        return self._reduced(tensor, group, reduce_op)
+    def setup_environment(self) -> None:
+        """Join the process group."""
+        super().setup_environment()
+        self._roll_call = RollCall()
+        trainer: Any = self.lightning_module.trainer if self.lightning_module is not None else None
+        lay_over(self, trainer.callbacks, _CALLBACKS)
 
     # ---- setup
+
+    def check_units(self, module: torch.nn.Module) -> None:
+        """Refuse a choice of ``zero.units`` that does not fit ``module``, which may be on the meta device.
+
+        Raises:
+            ConfigError: naming what is not there.
+        """
+        plan_units(module, self.zero.units, Lowering(self.precision_policy))
 
     @contextlib.contextmanager
     def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
         """Where ``configure_model`` builds: on the meta device if parameters are sharded, so that no rank ever holds
         the full model.
         """
-        if self._shards_parameters and empty_init is not False:
+        if self.zero.row.over(self.data_parallel_size).parameter is Placement.SHARD and empty_init is not False:
             with torch.device("meta"), self.precision_plugin.tensor_init_context():
                 yield
         else:
@@ -126,14 +168,18 @@ class ZeroStrategy(Common, ParallelStrategy):
         self.accelerator.setup(trainer)
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting:
-            refuse_unsupported(trainer, self.lightning_module)
+            refuse_unsupported(trainer)
+            refuse_max_norm(self.lightning_module, trainer.world_size)
             if self._layer_sync is not None:
+                refuse_norms_that_do_more(self.lightning_module)
                 self.model = self._layer_sync.apply(self.lightning_module)
-        self.precision_plugin = over_shards(self.precision_plugin, lambda: self.engine)
+            serve_the_cpu(self.lightning_module)
+        self.precision_plugin = over_shards(self.precision_plugin, lambda: self.engine, self._nonfinite_norm == "error")
         if self._engine is None or fitting:
             self._build_engine(trainer, fitting)
         self.model_to_device()
         self.setup_precision_plugin()
+        self.pretrained.read(self.engine)
         self._checkpoints.attach(self.engine)
 
     def _build_engine(self, trainer: pl.Trainer, fitting: bool) -> None:
@@ -142,23 +188,30 @@ class ZeroStrategy(Common, ParallelStrategy):
         previous = Engine.of(module)
         if previous is not None:
             previous.detach()
+        self.pretrained.locate(module)
         self.precision_plugin.convert_module(module)
+        self.pretrained.leave_empty(module)
         if fitting:
             self.setup_optimizers(trainer)
             refuse_no_optimizer(self.optimizers)
+            refuse_sparse_optimizers(self.optimizers)
             for config in self.lr_scheduler_configs:
                 if config.interval == "step":
                     hold_with_skipped_steps(config.scheduler, self.precision_plugin)
-        lowering = Lowering(self.precision_policy, lowered_dtype(self.precision_plugin), accumulates(trainer))
+        lowering = Lowering(self.precision_policy, lowered_dtype(self.precision_plugin))
         self._engine = Engine(
             module,
             self.optimizers if fitting else (),
             zero=self.zero,
-            exchange=open_exchange(self.comm, self.root_device, lowering.reduce_dtype, self._timeout),
+            exchange=open_exchange(self.comm, self.root_device, lowering.reduce_dtype, self.timeout),
             device=self.root_device,
             lowering=lowering,
             training=fitting,
+            keep_gradients=fitting and not module.automatic_optimization,
         )
+        if fitting:
+            toggle_parameters(module, lambda: self.engine)
+            name_groups(trainer, lambda: self.engine)
 
     def on_train_end(self) -> None:
         """Bring replicated parameters up to date, so that each rank may use the module on its own after ``fit``."""
@@ -169,6 +222,8 @@ class ZeroStrategy(Common, ParallelStrategy):
         ``fit``.
         """
         assert self.cluster_environment is not None and self.accelerator is not None
+        if self.lightning_module is not None:
+            untouched(self.lightning_module)
         self.cluster_environment.teardown()
         self.precision_plugin.teardown()
         self.accelerator.teardown()
@@ -176,24 +231,40 @@ class ZeroStrategy(Common, ParallelStrategy):
 
     # ---- steps
 
+    def on_validation_start(self) -> None:
+        """Let rank 0's buffers (batch statistics) stand for all."""
+        super().on_validation_start()
+        self.engine.buffers.share()
+
+    def on_test_start(self) -> None:
+        """Let rank 0's buffers stand for all."""
+        super().on_test_start()
+        self.engine.buffers.share()
+
+    def on_predict_start(self) -> None:
+        """Let rank 0's buffers stand for all."""
+        super().on_predict_start()
+        self.engine.buffers.share()
+
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the user's ``training_step``."""
+        self.engine.follow_groups()
         self.engine.begin_forward()
         return super().training_step(*args, **kwargs)
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the user's ``validation_step``."""
-        self.engine.begin_forward()
+        self.engine.begin_forward(share_buffers=False)
         return super().validation_step(*args, **kwargs)
 
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the user's ``test_step``."""
-        self.engine.begin_forward()
+        self.engine.begin_forward(share_buffers=False)
         return super().test_step(*args, **kwargs)
 
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the user's ``predict_step``."""
-        self.engine.begin_forward()
+        self.engine.begin_forward(share_buffers=False)
         return super().predict_step(*args, **kwargs)
 
     def pre_backward(self, closure_loss: torch.Tensor) -> None:
@@ -216,6 +287,26 @@ class ZeroStrategy(Common, ParallelStrategy):
         with self.engine.no_reduce():
             yield
 
+    # ---- whole parameters
+
+    @property
+    def full(self) -> Access:
+        """Reads and writes the full value, gradient and optimizer state of single parameters, in every stage:
+        ``trainer.strategy.full.gradient("model.head.weight")``. All ranks must call it.
+        """
+        return Access(self.engine)
+
+    def gradient_norm(self, norm_type: float = 2.0, optimizer: Any | None = None) -> torch.Tensor:
+        """Return the norm of the gradients as they are, over all parameters and ranks; the same number in every stage.
+        All ranks must call this, after a backward and, for the norm before clipping, no later than
+        ``on_before_optimizer_step``.
+
+        Args:
+            norm_type: 2, another power, or infinity for the largest element.
+            optimizer: whose parameters; ``None``: all.
+        """
+        return self.engine.grad_norm(norm_type, None if optimizer is None else bare(optimizer))
+
     # ---- checkpoints
 
     @property
@@ -226,13 +317,31 @@ class ZeroStrategy(Common, ParallelStrategy):
         return self._checkpoints
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Return the module's whole state dict on rank 0, ``{}`` on the others. All ranks must call this."""
-        return self.checkpoints.weights()
+        """Return what Lightning saves as ``state_dict``: :meth:`full_state_dict`, or with ``checkpoint="sharded"`` the
+        buffers alone, because every rank then writes its own part of the parameters. All ranks must call this.
+        """
+        if self._checkpoints is None and self._start_method != "popen" and self.lightning_module is not None:
+            return self.lightning_module.state_dict()  # no rank: the ranks have handed the whole weights over
+        return self.checkpoints.weights() if self.together() else {}
+
+    def full_state_dict(self) -> dict[str, Any]:
+        """Return the module's whole state dict in host memory on rank 0, ``{}`` on the others, whichever checkpoint
+        format is chosen. All ranks must call this.
+        """
+        return self.checkpoints.whole_weights()
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         """Return an optimizer's state dict as one process would have it, on rank 0. All ranks must call this."""
-        bare = getattr(optimizer, "_optimizer", optimizer)  # out of Lightning's wrapper
-        return self.checkpoints.optimizer(next(i for i, b in enumerate(self.engine.bindings) if b.optimizer is bare))
+        if not self.together():
+            return {}
+        mine = bare(optimizer)
+        number = next((i for i, b in enumerate(self.engine.bindings) if b.optimizer is mine), None)
+        if number is None:
+            raise LitZeroError(
+                f"The Trainer still holds the {type(mine).__name__} of an earlier fit, but has run another module "
+                "since, whose weights it would be saved with. Save right after fit, or with weights_only=True."
+            )
+        return self.checkpoints.optimizer(number)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """Write a checkpoint. All ranks must call this."""
@@ -241,6 +350,12 @@ class ZeroStrategy(Common, ParallelStrategy):
                 f"storage_options={storage_options!r} has no effect: ZeroStrategy writes checkpoints to file systems "
                 "itself. Remove it."
             )
+        if not self.together():
+            reason = "a rank has failed alone, and saving takes all of them. Earlier checkpoints are unharmed."
+            print(
+                f"lit_zero: rank {self.global_rank} does not save '{filepath}': {reason}", file=sys.stderr, flush=True
+            )
+            return
         self.checkpoints.save(checkpoint, filepath)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
@@ -253,4 +368,5 @@ class ZeroStrategy(Common, ParallelStrategy):
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Read this rank's part of the optimizers' state."""
+        self.engine.follow_groups()  # a finetuning callback may have put those of the checkpoint in place
         self.checkpoints.load_optimizers(checkpoint)

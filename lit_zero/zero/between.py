@@ -5,9 +5,9 @@ autograd engine runs the nodes that are ready from the highest number down, and 
 number than itself; so nodes run in the reverse of the order in which they were made. When a backward has come to a node
 that is older than the moment at which a unit's forward began, it has left that forward behind for good: whoever else
 reads the unit's inputs, whether they need gradients at all, whichever of its parameters are frozen or were not used.
-Nothing has to be hung on the inputs or put in their place. Two limits: leaves run as soon as they can, and numbers
-belong to the thread that made the nodes, so they are compared only within one backward (a reentrant checkpoint runs
-another one inside).
+Nothing has to be hung on the inputs or put in their place. Three limits: leaves run as soon as they can; the order is
+that of one device, as every device has a thread of its own; and numbers belong to the thread that made the nodes, so
+they are compared only within one backward (a reentrant checkpoint runs another one inside).
 
 Source: ``Note [ Sequence Number ]`` in torch/csrc/autograd/function.h, ``CompareNodeTaskTime`` in engine.cpp.
 """

@@ -8,8 +8,7 @@ translated to and from single parameters where a checkpoint asks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,27 +18,7 @@ from lit_zero.core.errors import CheckpointError, LitZeroError
 from lit_zero.core.piece import ParamState, Piece
 from lit_zero.zero.lane import Lane
 from lit_zero.zero.policy import Placement
-from lit_zero.zero.probe import require_elementwise as require_elementwise
-
-
-@dataclass(eq=False)
-class Segment:
-    """A run of one lane's master that one parameter group updates.
-
-    Attributes:
-        lane: where it lies.
-        first: first element, counted from the start of the lane's master.
-        last: one past the last.
-        param: what the optimizer holds, a view of the master of shape ``[last - first]``.
-        copied: version of the gradient that was handed over, if it is a copy: what is done to it does not reach the
-            gradient that the next backward adds to.
-    """
-
-    lane: Lane
-    first: int
-    last: int
-    param: nn.Parameter
-    copied: int | None = None
+from lit_zero.zero.segment import Segment, copied_value, is_elementwise, is_live, same_state
 
 
 class Binding:
@@ -48,7 +27,7 @@ class Binding:
     Args:
         optimizer: the user's optimizer; its groups are re-pointed.
         names: for every group, the names of the parameters it was given, in order.
-        first_group: number of its first group, counted over all optimizers.
+        number: its own, counted from 0.
         lanes: all trainable lanes.
         shaped: give every parameter a segment of its own in its real shape (whole masters only): serves any optimizer.
     """
@@ -57,18 +36,23 @@ class Binding:
         self,
         optimizer: torch.optim.Optimizer,
         names: Sequence[Sequence[str]],
-        first_group: int,
+        number: int,
         lanes: Sequence[Lane],
         shaped: bool = False,
     ) -> None:
         self.optimizer = optimizer
+        self.number = number
         self.group_names = [list(group) for group in names]
-        self._first_group = first_group
-        numbers = range(first_group, first_group + len(names))
-        self._lanes = [lane for lane in lanes if any(info.group in numbers for info in lane.infos)]
+        self._lanes = [lane for lane in lanes if lane.optimizer == number]
+        self._groups: list[dict[str, Any]] = []  # as the optimizer had them when its segments were made
         self.segments: list[Segment] = []
         self.granular = self._shaped = shaped
-        self._point(self._entries() if shaped else self._runs())
+        self._point()
+
+    @property
+    def lanes(self) -> Sequence[Lane]:
+        """The lanes that hold its parameters, and no other optimizer's."""
+        return self._lanes
 
     # ---- segments
 
@@ -83,17 +67,15 @@ class Binding:
                 if part.length:
                     yield lane, part.entry.group, part.local, part.local + part.length
 
-    def _point(self, runs: Iterable[tuple[Lane, int, int, int]]) -> None:
-        self.segments = []
-        for hyper in self.optimizer.param_groups:
-            hyper["params"] = []
-        for lane, group, first, last in runs:
-            number = group - self._first_group
-            if 0 <= number < len(self.group_names):
-                view = lane.master[first:last]
-                if self._shaped:
-                    view = view.view(next(e.shape for e in lane.layout.entries if e.offset == first))
-                self._hold(Segment(lane, first, last, nn.Parameter(view)), number)
+    def _point(self) -> None:
+        self.segments, self._groups = [], list(self.optimizer.param_groups)
+        for group in self._groups:
+            group["params"] = []
+        for lane, number, first, last in self._entries() if self.granular else self._runs():
+            view = lane.master[first:last]
+            if self._shaped:
+                view = view.view(next(e.shape for e in lane.layout.entries if e.offset == first))
+            self._hold(Segment(lane, first, last, nn.Parameter(view)), number)
         if not self.segments and self._lanes and self.group_names:
             # This rank's shards hold nothing of the optimizer's. An empty segment tells it when gradients are dropped.
             self._hold(Segment(self._lanes[0], 0, 0, nn.Parameter(self._lanes[0].master[:0])), 0)
@@ -102,55 +84,117 @@ class Binding:
         self.segments.append(segment)
         self.optimizer.param_groups[number]["params"].append(segment.param)
 
+    def holds(self, names: Collection[str]) -> bool:
+        """Return whether one of the parameters is among its own."""
+        return any(info.name in names for lane in self._lanes for info in lane.infos)
+
     def split(self) -> None:
         """Give every parameter a segment of its own, so that single parameters can be left out of a step; state
         moves along.
         """
         if self.granular:
             return
-        before, state = self.segments, self.optimizer.state
         self.granular = True
-        self._point(self._entries())
+        self._point_again()
+
+    def regroup(self, names: Sequence[Sequence[str]], lanes: Sequence[Lane]) -> None:
+        """Follow new parameter groups; the state of lanes that are still there moves along.
+
+        Args:
+            names: for every group, the names of its parameters.
+            lanes: all trainable lanes.
+        """
+        self.group_names = [list(group) for group in names]
+        self._lanes = [lane for lane in lanes if lane.optimizer == self.number]
+        self._point_again()
+
+    def _point_again(self) -> None:
+        before, state = self.segments, self.optimizer.state
+        self._point()
         for segment in self.segments:
             for old in before:
-                if (
-                    old.lane is segment.lane
-                    and old.first <= segment.first
-                    and segment.last <= old.last
-                    and old.param in state
-                ):
-                    cut = slice(segment.first - old.first, segment.last - old.first)
+                if old.lane is not segment.lane or not old.first <= segment.first < segment.last <= old.last:
+                    continue
+                cut = slice(segment.first - old.first, segment.last - old.first)
+                if old.param.grad is not None:
+                    segment.param.grad = old.param.grad.view(-1)[cut].view_as(segment.param)
+                    segment.copied = old.copied
+                if old.param in state:
                     state[segment.param] = {
-                        key: value[cut].clone() if _is_elementwise(value, old.param) else _copy(value)
+                        key: value.view(-1)[cut].view_as(segment.param).clone()
+                        if is_elementwise(value, old.param)
+                        else copied_value(value)
                         for key, value in state[old.param].items()
                     }
         for old in before:
             state.pop(old.param, None)
 
-    # ---- gradients
+    def names_in(self, group: Mapping[str, Any]) -> list[list[str]]:
+        """Return the names of the parameters that one of the optimizer's groups stands for, in a list; an empty list
+        for a group that is not known.
+        """
+        return [names for known, names in zip(self._groups, self.group_names, strict=True) if known is group]
 
-    @property
-    def cleared(self) -> bool:
-        """Whether the optimizer holds no gradients (``zero_grad`` has been called, or nothing has been reduced yet).
+    def foreign(self) -> bool:
+        """Return whether the optimizer's groups hold something else than the segments."""
+        held = [param for group in self.optimizer.param_groups for param in group["params"]]
+        return len(held) != len(self.segments) or {id(p) for p in held} != {id(s.param) for s in self.segments}
+
+    def wanted(self, names_of: Mapping[nn.Parameter, str]) -> list[list[str]]:
+        """Return the names of every group's parameters, as the optimizer's groups are now.
+
+        Args:
+            names_of: the module's parameters.
 
         Raises:
-            LitZeroError: if a gradient that is a copy has been changed: the next backward would add to what it was.
+            LitZeroError: if a group holds something that is neither ours nor a parameter of the module.
+        """
+        ours = {id(segment.param) for segment in self.segments}
+        wanted = []
+        for group in self.optimizer.param_groups:
+            known = next((number for number, old in enumerate(self._groups) if old is group), None)
+            names = [] if known is None else list(self.group_names[known])
+            for param in group["params"]:
+                if param in names_of:
+                    names.append(names_of[param])
+                elif known is None or id(param) not in ours:
+                    raise LitZeroError(
+                        f"A parameter group of {type(self.optimizer).__name__} holds a tensor of shape "
+                        f"{tuple(param.shape)} that is not a parameter of the module. Add groups of the module's own "
+                        "parameters, and leave the groups that are there as they are."
+                    )
+            wanted.append(names)
+        return wanted
+
+    # ---- gradients
+
+    def begin_backward(self) -> bool:
+        """Return whether the optimizer holds no gradients (``zero_grad`` has been called, or nothing has been reduced
+        yet), so that those of the coming backward are not added to any.
+
+        Raises:
+            LitZeroError: if a gradient that stands for a sum to come has been changed: the change would be lost.
         """
         kept = [segment for segment in self.segments if segment.param.grad is not None]
         for segment in kept:
-            assert segment.param.grad is not None
-            if segment.copied is not None and segment.param.grad._version != segment.copied:
+            grad = segment.param.grad
+            assert grad is not None
+            if segment.copied is None or grad._version == segment.copied:
+                continue
+            if not segment.lane.accumulated:
                 raise LitZeroError(
-                    "Gradients were changed in place (by zero_grad(set_to_none=False), or by clipping) and then "
-                    "another backward followed without a step. In this mode the optimizer sees a copy of them, so the "
-                    "change would be lost. Use zero_grad(set_to_none=True), and clip right before the step."
+                    "Gradients were changed in place (by zero_grad(set_to_none=False), or by clipping) before the last "
+                    "micro-batch of a step. They are not summed over the ranks yet, so the change would be lost. Use "
+                    "zero_grad(set_to_none=True), and clip right before the step."
                 )
+            segment.lane.overwrite_gradient(segment.first, segment.last, grad)  # what was changed is a copy
         return not kept
 
-    def attach(self, unreached: set[str]) -> None:
+    def attach(self, lanes: Collection[Lane], unreached: set[str]) -> None:
         """Hand the reduced gradients to the optimizer.
 
         Args:
+            lanes: those that the backward has reached; the others keep the gradients that they have.
             unreached: parameters that no rank's loss has reached; they get no gradient, as in one process.
 
         Raises:
@@ -159,6 +203,8 @@ class Binding:
         self._check_groups()
         grads: dict[Lane, torch.Tensor] = {}
         for segment in self.segments:
+            if segment.lane not in lanes and segment.first < segment.last:
+                continue
             if unreached and self._name(segment) in unreached:
                 segment.param.grad = None
                 continue
@@ -166,19 +212,22 @@ class Binding:
                 grads[segment.lane] = segment.lane.master_grad()
             grad = grads[segment.lane]
             segment.param.grad = grad[segment.first : segment.last].view_as(segment.param)
-            segment.copied = None if _is_live(segment.lane, grad) else segment.param.grad._version
+            segment.copied = None if is_live(segment.lane, grad) else segment.param.grad._version
 
     def _check_groups(self) -> None:
-        held = [param for group in self.optimizer.param_groups for param in group["params"]]
-        if len(held) != len(self.segments) or {id(p) for p in held} != {id(s.param) for s in self.segments}:
+        if self.foreign():
             raise LitZeroError(
-                f"The parameter groups of {type(self.optimizer).__name__} were changed after setup (by "
-                "add_param_group, or a finetuning callback that calls it). Ranks would train copies of their own. Give "
-                "configure_optimizers all parameters that will ever be trained."
+                f"The parameter groups of {type(self.optimizer).__name__} were changed in the middle of a step. Add "
+                "groups before a training step begins: in a hook such as on_train_epoch_start."
             )
 
+    def drop_cleared(self) -> None:
+        """Let go of the memory of gradients that the user has cleared."""
+        if all(segment.param.grad is None for segment in self.segments):
+            self.drop_gradients()
+
     def drop_gradients(self) -> None:
-        """Let go of the gradients that a step has used."""
+        """Let go of the gradients."""
         for segment in self.segments:
             segment.param.grad = None
         for lane in self._lanes:
@@ -227,7 +276,7 @@ class Binding:
         for segment, part in self._parts():
             state = self.optimizer.state.get(segment.param)
             if state:
-                tensors = {key: value.dtype for key, value in state.items() if _is_elementwise(value, segment.param)}
+                tensors = {key: value.dtype for key, value in state.items() if is_elementwise(value, segment.param)}
                 found[part.entry.name] = (tensors, {key: value for key, value in state.items() if key not in tensors})
         return found
 
@@ -249,7 +298,7 @@ class Binding:
             if lo >= hi:
                 continue
             for key, value in self.optimizer.state.get(segment.param, {}).items():
-                if _is_elementwise(value, segment.param):
+                if is_elementwise(value, segment.param):
                     start = lane.master_start + lo - entry.offset
                     data = value.view(-1)[lo - segment.first : hi - segment.first]
                     pieces.setdefault(entry.name, {})[key] = Piece(entry.name, entry.shape, start, data)
@@ -270,7 +319,7 @@ class Binding:
         """Allocate the state that ``described`` tells of, so that ``states`` gives destinations to load into."""
         for segment in self.segments:
             inside = [described.get(part.entry.name) for seg, part in self._parts() if seg is segment]
-            if any(not _same(inside[0], other) for other in inside[1:]):
+            if any(not same_state(inside[0], other) for other in inside[1:]):
                 self.split()  # parameters of one run have taken different numbers of steps
                 break
         self.optimizer.state.clear()
@@ -291,7 +340,7 @@ class Binding:
             dtype = segment.param.dtype if dtype.is_floating_point else dtype
             state[key] = torch.zeros_like(segment.param, dtype=dtype, requires_grad=False)
         for key, value in scalars.items():
-            value = _copy(value)
+            value = copied_value(value)
             state[key] = value.to(segment.param.device) if on_device and isinstance(value, torch.Tensor) else value
         return state
 
@@ -329,26 +378,3 @@ class Binding:
             )
         for mine, theirs in zip(self.optimizer.param_groups, groups, strict=True):
             mine.update({key: value for key, value in theirs.items() if key != "params"})
-
-
-def _is_live(lane: Lane, grad: torch.Tensor) -> bool:
-    """Return whether what is done to ``grad`` is done to all that the next backward will add to."""
-    whole = lane.row.optimizer is Placement.REPLICATE or lane.accumulated  # else only one rank's part of a sum to come
-    stored = [one.untyped_storage().data_ptr() for one in (lane.grad_full, lane.grad_own) if one is not None]
-    return whole and grad.untyped_storage().data_ptr() in stored
-
-
-def _is_elementwise(value: Any, param: torch.Tensor) -> bool:
-    return isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape == param.shape
-
-
-def _copy(value: Any) -> Any:
-    return value.clone() if isinstance(value, torch.Tensor) else value
-
-
-def _same(one: Any, other: Any) -> bool:
-    if one is None or other is None:
-        return one is other
-    return (
-        one[0] == other[0] and one[1].keys() == other[1].keys() and all(bool(one[1][k] == other[1][k]) for k in one[1])
-    )

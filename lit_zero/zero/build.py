@@ -8,28 +8,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from lit_zero.comm.exchange import Exchange
-from lit_zero.core.errors import LitZeroError
+from lit_zero.comm.exchange import Exchange, Gather
+from lit_zero.core.errors import LitZeroError, UnsupportedError
 from lit_zero.precision.policy import Lowering
 from lit_zero.zero.lane import Lane, ParamInfo
-from lit_zero.zero.materialize import materialize, on_meta
+from lit_zero.zero.materialize import is_empty, materialize, on_meta
 from lit_zero.zero.policy import Placement, Row
-from lit_zero.zero.unit import Unit
-from lit_zero.zero.units import UnitPlan, cut_evenly
+from lit_zero.zero.unit import Parameters, Unit
+from lit_zero.zero.units import cut_evenly
 
 
-def number_groups(
-    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], infos: dict[str, ParamInfo], first: int = 0
-) -> list[tuple[torch.optim.Optimizer, list[list[str]], int]]:
-    """Give every parameter the number of its group, counted from ``first``; return each optimizer with its groups'
-    names and first number.
-    """
-    by_param = {info.param: info for info in infos.values()}
+def group_names(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> list[list[list[str]]]:
+    """Return the names of the parameters in every group of every optimizer."""
     names_of = {param: name for name, param in model.named_parameters()}
-    grouped = []
+    found = []
     for optimizer in optimizers:
         names = []
-        for number, group in enumerate(optimizer.param_groups):
+        for group in optimizer.param_groups:
             foreign = [tuple(p.shape) for p in group["params"] if p not in names_of]
             if foreign:
                 raise LitZeroError(
@@ -38,22 +33,44 @@ def number_groups(
                     "Build optimizers from self.parameters() or self.named_parameters()."
                 )
             names.append([names_of[p] for p in group["params"]])
-            for param in group["params"]:
-                if param in by_param:  # zero-sized parameters have no memory to manage
-                    by_param[param].group = first + number
-        grouped.append((optimizer, names, first))
-        first += len(names)
-    return grouped
+        found.append(names)
+    return found
 
 
-def build_unit(
-    plan: UnitPlan, index: int, row: Row, hold: bool, exchange: Exchange, device: torch.device, lowering: Lowering
-) -> Unit:
-    """Allocate a unit's lanes: one for each dtype and trainability, large ones cut into parts.
+def number_groups(infos: Sequence[ParamInfo], names: Sequence[Sequence[Sequence[str]]]) -> list[ParamInfo]:
+    """Give every parameter the numbers of its optimizer and of its group; return those for which they are new.
 
     Args:
-        plan: the unit without memory.
-        index: its number.
+        infos: all parameters.
+        names: of the parameters in every group of every optimizer.
+    """
+    places: dict[str, tuple[int, int]] = {}
+    for position, groups in enumerate(names):
+        for number, members in enumerate(groups):
+            for name in members:
+                if name in places:
+                    raise UnsupportedError(
+                        f"Parameter {name!r} is in two optimizers or groups; lit_zero trains every parameter with one. "
+                        "Give each parameters of its own."
+                    )
+                places[name] = position, number
+    changed = []
+    for info in infos:  # zero-sized parameters are in groups and not here: they have no memory to manage
+        optimizer, group = places.get(info.name, (-1, -1))
+        if (optimizer, group) != (info.optimizer, info.group):
+            info.optimizer, info.group = optimizer, group
+            changed.append(info)
+    return changed
+
+
+def build_lanes(
+    infos: Sequence[ParamInfo], row: Row, hold: bool, exchange: Exchange, device: torch.device, lowering: Lowering
+) -> list[Lane]:
+    """Allocate lanes for parameters of one unit: one for each dtype, trainability and optimizer, large ones cut into
+    parts.
+
+    Args:
+        infos: the parameters.
         row: the ZeRO stage, as it is on this many ranks.
         hold: with several micro-batches, sum them locally and reduce once.
         exchange: says which rank this is of how many.
@@ -61,11 +78,12 @@ def build_unit(
         lowering: dtypes of the run.
     """
     kinds: dict[tuple[Any, ...], list[ParamInfo]] = {}
-    for info in plan.infos:
-        if not info.trainable and row.optimizer is Placement.REPLICATE:
-            info.compute_dtype = info.master_dtype  # a second copy would save nothing
-        kinds.setdefault((info.trainable, info.compute_dtype, info.master_dtype), []).append(info)
-    lanes = [
+    for info in infos:
+        kept = not info.trainable and row.optimizer is Placement.REPLICATE  # a second copy would save nothing
+        info.compute_dtype = info.master_dtype if kept else info.lowered_dtype
+        kind = (info.trainable, info.compute_dtype, info.master_dtype, info.optimizer)
+        kinds.setdefault(kind, []).append(info)
+    return [
         Lane(
             sorted(run, key=lambda info: info.group),
             row,
@@ -74,10 +92,9 @@ def build_unit(
             lowering.gradient_dtype(run[0].compute_dtype, run[0].master_dtype),
             hold,
         )
-        for infos in kinds.values()
-        for run in cut_evenly(infos)
+        for alike in kinds.values()
+        for run in cut_evenly(alike)
     ]
-    return Unit(plan.name, index, plan.module, lanes, plan.outer)
 
 
 def fill_lanes(model: nn.Module, lanes: Sequence[Lane], exchange: Exchange, device: torch.device) -> None:
@@ -93,7 +110,7 @@ def fill_lanes(model: nn.Module, lanes: Sequence[Lane], exchange: Exchange, devi
     canonical = {name: info.name for lane in lanes for info in lane.infos for name in (info.name, *info.aliases)}
     meta = on_meta(model)
     for name, (lane, index) in places.items():
-        if name not in meta:
+        if name not in meta and not is_empty(lane.infos[index].param):
             value = lane.infos[index].param.data.to(device).contiguous()
             exchange.broadcast(value)
             lane.store(index, value)
@@ -113,3 +130,17 @@ def fill_lanes(model: nn.Module, lanes: Sequence[Lane], exchange: Exchange, devi
             lane.seat(lane.full)
         for info in lane.infos:
             info.param.grad = None
+
+
+def empty(unit: Unit, exchange: Exchange) -> None:
+    """Give the parameters of ``unit``, which are whole now, memory of their own. All ranks together."""
+    for lane in unit.lanes:
+        if lane.lowered:  # what the module holds is a 2-byte copy: give the masters back, not their rounding
+            full = torch.empty(lane.numel, dtype=lane.master_dtype, device=lane.device)
+            exchange.all_gather([Gather(full, lane.own_master())]).wait()
+            lane.seat(full)
+        elif unit.sharded:
+            for info in lane.infos:
+                info.param.data = info.param.data.clone()
+    if unit.sharded:
+        unit.state = Parameters.STALE

@@ -24,26 +24,28 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from lit_zero.comm.exchange import Exchange, Gather
-from lit_zero.core.errors import LitZeroError
+from lit_zero.comm.exchange import Exchange
 from lit_zero.core.piece import ParamState, Piece
 from lit_zero.precision.policy import Lowering
 from lit_zero.zero.agreeing import Reach, SharedBuffers
 from lit_zero.zero.between import backward_is_running, when_over
-from lit_zero.zero.binding import Binding, require_elementwise
-from lit_zero.zero.build import build_unit, fill_lanes, number_groups
+from lit_zero.zero.binding import Binding
+from lit_zero.zero.build import build_lanes, empty, fill_lanes, group_names, number_groups
 from lit_zero.zero.calls import UNTRACED
+from lit_zero.zero.clipping import Clipping
 from lit_zero.zero.gathering import Gatherer
+from lit_zero.zero.guarding import refuse_lost_changes
 from lit_zero.zero.hooks import Hooks
-from lit_zero.zero.lane import Lane, storage_bytes
-from lit_zero.zero.norms import grad_norm, scale_to_norm
+from lit_zero.zero.lane import Lane, ParamInfo, storage_bytes
 from lit_zero.zero.policy import Placement, Zero
+from lit_zero.zero.probe import is_shaped
 from lit_zero.zero.reducing import Reducer
-from lit_zero.zero.unit import Parameters, Unit
+from lit_zero.zero.regroup import move, refuse_lost_state
+from lit_zero.zero.unit import Unit
 from lit_zero.zero.units import plan_units
 
 
-class Engine:
+class Engine(Clipping):
     """Shards a module and its optimizers over the ranks of an exchange. All ranks must build it together.
 
     Args:
@@ -54,10 +56,12 @@ class Engine:
         device: where the model computes.
         lowering: dtypes of the run.
         training: gradients will be needed; off, every parameter is treated as frozen.
+        keep_gradients: until ``zero_grad``, as torch does; else they are dropped with the step that uses them.
 
     Attributes:
         parameter_count: elements of all managed parameters, over all ranks.
         exchange: carries and counts the bytes.
+        buffers: shares rank 0's buffers.
 
     Raises:
         UnsupportedError: if a parameter, module or optimizer cannot be managed; the message names it.
@@ -73,6 +77,7 @@ class Engine:
         device: torch.device | str = "cpu",
         lowering: Lowering | None = None,
         training: bool = True,
+        keep_gradients: bool = False,
     ) -> None:
         self.model, self.zero, self.exchange, self.device = model, zero, exchange, torch.device(device)
         self.row = zero.row.over(exchange.size)
@@ -85,37 +90,87 @@ class Engine:
             info.trainable = info.trainable and training
         self.aliases = {alias: info.name for info in infos.values() for alias in info.aliases}
         self.parameter_count = sum(info.param.numel() for info in infos.values())
-        grouped = number_groups(model, optimizers, infos)
+        names = group_names(model, optimizers)
+        number_groups(list(infos.values()), names)
         hold = (zero.accumulate or self.row.accumulate) == "hold" or self.row.optimizer is Placement.REPLICATE
-        build = partial(build_unit, row=self.row, hold=hold, exchange=exchange, device=self.device, lowering=lowering)
-        self.units = [build(plan, number) for number, plan in enumerate(plans)]
+        self._build_lanes = partial(
+            build_lanes, row=self.row, hold=hold, exchange=exchange, device=self.device, lowering=lowering
+        )
+        self.units = [
+            Unit(plan.name, number, plan.module, self._build_lanes(plan.infos), plan.outer)
+            for number, plan in enumerate(plans)
+        ]
         self.root = self.units[0]
         fill_lanes(model, self.lanes, exchange, self.device)
-        self._gatherer = Gatherer(self.units, exchange, zero.slots or 2, self.device, zero.poison)
-        self._reducer = Reducer(self.units, exchange, self.device)
-        trainable = [lane for lane in self.lanes if lane.trainable]
-        self.bindings = [self.bind(optimizer, names, first, trainable) for optimizer, names, first in grouped]
+        self.bindings = [self._bind(*each) for each in zip(optimizers, range(len(names)), names, strict=True)]
         self._in_backward = False
-        self._reach = Reach(trainable, exchange, self.device)
-        self._buffers = SharedBuffers(model, exchange, self.device)
+        self._keep, self._training = keep_gradients, training
+        self.buffers = SharedBuffers(model, exchange, self.device)
         self._gradient_bytes = 0
-        self._hooks = Hooks(self.units, self._gatherer, self._reducer, self._gradient_comes)
+        self._assemble()
         self._handles.append(model.register_forward_pre_hook(self._before_model, prepend=True))
+        for lane in self.lanes:
+            lane.note_versions()
 
     # ---- construction
 
-    def bind(self, optimizer: torch.optim.Optimizer, names: list[list[str]], first: int, lanes: list[Lane]) -> Binding:
-        """Point an optimizer at master shards; for ``late.add_optimizer``, see :class:`Binding` for the arguments."""
-        shaped = False
-        try:
-            require_elementwise(optimizer)
-        except LitZeroError:
-            if self.row.optimizer is Placement.SHARD or isinstance(optimizer, torch.optim.LBFGS):
-                raise
-            shaped = True
-        binding = Binding(optimizer, names, first, lanes, shaped)
+    def _assemble(self) -> None:
+        """Make what works on units as they are now."""
+        self._gatherer = Gatherer(self.units, self.exchange, self.zero.slots or 2, self.device, self.zero.poison)
+        self._reducer = Reducer(self.units, self.exchange, self.device)
+        self._reach = Reach(self._trainable(), self.exchange, self.device, several=len(self.bindings) > 1)
+        self._hooks = Hooks(self.units, self._gatherer, self._reducer, self._gradient_comes)
+
+    def _trainable(self) -> list[Lane]:
+        return [lane for lane in self.lanes if lane.trainable]
+
+    def _bind(self, optimizer: torch.optim.Optimizer, number: int, names: list[list[str]]) -> Binding:
+        shaped = is_shaped(optimizer, self.row)
+        binding = Binding(optimizer, names, number, self._trainable(), shaped)
         self._handles.append(optimizer.register_step_post_hook(lambda *_: self._stepped(binding)))
         return binding
+
+    def follow_groups(self) -> None:
+        """Take in what has been changed since setup: parameter groups that were added, parameters of a group that want
+        a gradient now. All ranks together, before a training step; it does nothing if nothing has changed.
+
+        Raises:
+            LitZeroError: for a group that cannot be followed; the message names it.
+        """
+        infos = [info for lane in self.lanes for info in lane.infos]
+        thawed = [info for info in infos if info.param.requires_grad and not info.trainable and self._training]
+        if not any(binding.foreign() for binding in self.bindings) and not any(i.group >= 0 for i in thawed):
+            return
+        names_of = {param: name for name, param in self.model.named_parameters()}
+        names = [binding.wanted(names_of) for binding in self.bindings]
+        changed = number_groups(infos, names)
+        refuse_lost_state(changed, self.lanes, self.bindings)
+        for info in thawed:
+            info.trainable = info.group >= 0
+        self._move([*changed, *thawed])
+        for binding, groups in zip(self.bindings, names, strict=True):
+            binding.regroup(groups, self._trainable())
+        self._assemble()
+
+    def add_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take in an optimizer that was made after the engine, before its first step. All ranks together.
+
+        Raises:
+            UnsupportedError: for a parameter that has an optimizer already, or an optimizer that cannot be sharded.
+        """
+        [groups] = group_names(self.model, [optimizer])
+        infos = [info for lane in self.lanes for info in lane.infos]
+        self._move(number_groups(infos, [*(binding.group_names for binding in self.bindings), groups]))
+        self.bindings.append(self._bind(optimizer, len(self.bindings), groups))
+        self._assemble()
+
+    def _move(self, changed: Sequence[ParamInfo]) -> None:
+        """Give parameters whose group is another now lanes of their own; ``_assemble`` comes next."""
+        self._gatherer.settle()
+        self._reducer.give_back()
+        self._hooks.remove()
+        for unit in self.units:
+            move(unit, {id(info) for info in changed}, self._build_lanes, self.exchange)
 
     @torch.compiler.disable(reason=UNTRACED)
     def _before_model(self, *_: Any) -> None:
@@ -134,17 +189,7 @@ class Engine:
         """Give the module back: full parameters on every rank, no hooks. All ranks together."""
         for unit in self.units:
             self._gatherer.need(unit)
-            for lane in unit.lanes:
-                if lane.lowered:  # what the module holds is a 2-byte copy: give the masters back, not their rounding
-                    full = torch.empty(lane.numel, dtype=lane.master_dtype, device=self.device)
-                    own = lane.master[lane.start - lane.master_start : lane.end - lane.master_start]
-                    self.exchange.all_gather([Gather(full, own)]).wait()
-                    lane.seat(full)
-                elif unit.sharded:
-                    for info in lane.infos:
-                        info.param.data = info.param.data.clone()
-            if unit.sharded:
-                unit.state = Parameters.STALE
+            empty(unit, self.exchange)
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -170,21 +215,36 @@ class Engine:
             self._in_backward = self._unannounced = False
         self._gatherer.new_forward()
         self._gatherer.need(self.root)
+        if self._keep:
+            for binding in self.bindings:
+                binding.drop_cleared()
         if share_buffers:
-            self._buffers.share()
+            self.buffers.share()
 
     # ---- backward
 
     def backward(self, loss: torch.Tensor) -> None:
         """Run the backward of ``loss`` and leave the reduced gradients with the optimizers."""
-        self.begin_backward()
+        self.begin_backward(loss)
         loss.backward()
         self.end_backward()
 
-    def begin_backward(self) -> None:
-        """Call this right before a backward."""
+    def begin_backward(self, loss: torch.Tensor | None = None) -> None:
+        """Call this right before a backward.
+
+        Args:
+            loss: what it starts from. With several optimizers, only what some rank's loss reaches is reduced then.
+        """
         self._in_backward = True
-        self._reducer.begin(fresh=all(binding.cleared for binding in self.bindings))
+        self.buffers.ask()
+        reached = self._reach.look(loss)
+        cleared = [binding.begin_backward() for binding in self.bindings]
+        self._reducer.begin(
+            fresh=lambda lane: lane.optimizer < 0 or cleared[lane.optimizer],
+            reached=None if reached is None else {lane for lane, found in reached.items() if any(found)},
+        )
+        for lane, found in (reached or {}).items():
+            lane.reached = bytearray(before | now for before, now in zip(lane.reached, found, strict=True))
 
     def end_backward(self) -> None:
         """Call this right after a backward; returns when the gradients are reduced."""
@@ -193,12 +253,17 @@ class Engine:
         for unit in self.units:
             self._gatherer.backward_ends(unit)
             unit.calls = 0
-        unreached = set() if self._reducer.deferred else self._reach.unreached()
+        lanes = self._reducer.lanes
+        unreached = set() if self._reducer.deferred else self._reach.unreached(lanes)
         for binding in self.bindings:
-            if unreached:
+            if set(lanes).isdisjoint(binding.lanes):
+                continue
+            if unreached and binding.holds(unreached):
                 binding.split()
-            binding.attach(unreached)
-        self._gradient_bytes = storage_bytes(chain(*(lane.state_tensors()["gradient"] for lane in self.lanes)), set())
+            binding.attach(set(lanes), unreached)
+        kept = chain(*(lane.state_tensors()["gradient"] for lane in self.lanes))
+        copies = chain(*(binding.grads() for binding in self.bindings))
+        self._gradient_bytes = storage_bytes(chain(kept, copies), set())
 
     @contextlib.contextmanager
     def no_reduce(self) -> Iterator[None]:
@@ -228,46 +293,33 @@ class Engine:
 
     def _stepped(self, binding: Binding) -> None:
         """The optimizer has changed this rank's masters."""
-        binding.drop_gradients()
-        self._check_seats()
-        self.refresh()
+        if not self._keep:
+            binding.drop_gradients()
+        refuse_lost_changes(self.lanes, self._training)
+        for lane in binding.lanes:
+            lane.count_step()
+        self.refresh(binding.lanes)
+        if self._keep:  # the same training step may go on to use parameters, and not through a module that we watch
+            self._gatherer.need(self.root)
 
-    def refresh(self) -> None:
+    def refresh(self, lanes: Sequence[Lane] | None = None) -> None:
         """Make the masters' present values the parameters: call it after anything has written to the masters. All
         ranks together.
+
+        Args:
+            lanes: whose masters; ``None``: all.
         """
-        for lane in self.lanes:
+        changed = self.lanes if lanes is None else lanes
+        for lane in changed:
             lane.publish()
         if self.row.optimizer is Placement.SHARD:
-            self._gatherer.invalidate()
+            self._gatherer.invalidate(set(changed))
             self._gatherer.refresh_replicated()
 
-    def _check_seats(self) -> None:
-        for lane in self.lanes:
-            name = lane.displaced()
-            if name is not None:
-                raise LitZeroError(
-                    f"The memory of parameter {name!r} was replaced after setup (by .to(), "
-                    "load_state_dict(assign=True) or p.data = ...); "
-                    "the optimizer would train a copy that nothing reads. Do that before setup, in __init__ or "
-                    "configure_model."
-                )
-
-    def grad_norm(self, norm_type: float = 2.0) -> torch.Tensor:
-        """Return the norm of all reduced gradients, over all parameters and ranks, see ``norms.grad_norm``."""
-        return grad_norm(self.bindings, self.exchange, self.device, norm_type)
-
-    def clip_grad_norm(self, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
-        """Scale the gradients so that their norm is at most ``max_norm``; return the norm before."""
-        norm = self.grad_norm(norm_type)
-        scale_to_norm(self.bindings, norm, max_norm)
-        return norm
-
-    def clip_grad_value(self, max_value: float) -> None:
-        """Clamp every gradient element to ``[-max_value, max_value]``."""
-        for binding in self.bindings:
-            for grad in binding.grads():
-                grad.clamp_(-max_value, max_value)
+    def settle(self) -> None:
+        """Wait for gathers under way; what they have brought counts as old."""
+        if self.row.optimizer is Placement.SHARD:
+            self._gatherer.invalidate(set(self.lanes))
 
     # ---- what others may ask
 
@@ -278,17 +330,7 @@ class Engine:
             whole_if_replicated: a replicated master gives its whole range, as a destination to load into; else every
                 element belongs to exactly one rank.
         """
-        pieces = []
-        for lane in self.lanes:
-            whole = self.row.optimizer is Placement.REPLICATE and whole_if_replicated
-            start, end = (0, lane.numel) if whole else (lane.start, lane.end)
-            shift = start - lane.master_start
-            for part in lane.layout.overlaps(start, end):
-                first = part.local + shift
-                pieces.append(
-                    Piece(part.entry.name, part.entry.shape, part.start, lane.master[first : first + part.length])
-                )
-        return pieces
+        return [piece for lane in self.lanes for piece in lane.pieces(whole_if_replicated)]
 
     def describe_states(self, index: int, gather: Callable[[Any], list[Any]]) -> dict[str, Any]:
         """Return which state optimizer ``index`` has for which parameter, over all ranks.

@@ -14,7 +14,7 @@ the forward.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 
 import torch
@@ -22,6 +22,7 @@ import torch
 from lit_zero.comm.exchange import Exchange
 from lit_zero.core.errors import LitZeroError
 from lit_zero.zero.between import moment_of_backward, present_backward, when_over
+from lit_zero.zero.lane import Lane
 from lit_zero.zero.unit import Parameters, Slot, Unit
 
 
@@ -180,13 +181,28 @@ class Gatherer:
             if behind is not None and behind.armed:
                 self._prefetch(behind.behind)
 
-    def invalidate(self) -> None:
-        """Note that the optimizer has changed the shards: what was gathered is old."""
+    def invalidate(self, lanes: Collection[Lane]) -> None:
+        """Note that the shards of ``lanes`` have changed: what was gathered of them is old."""
         self._last = None
         for unit in self._units:
+            changed = [lane for lane in unit.lanes if lane in lanes]
+            if not changed:
+                continue
             self._settle(unit)
             unit.armed, unit.active = False, 0
-            unit.state = Parameters.STALE if unit.lanes else Parameters.WHOLE
+            unit.stale = changed if unit.state is Parameters.WHOLE else [*{*unit.stale, *changed}]
+            unit.state = Parameters.STALE
+
+    def settle(self) -> None:
+        """Wait for everything under way; sharded units are in no slot any more, and the slots' memory is given back."""
+        for unit in self._units:
+            if unit.sharded:
+                self._settle(unit)
+                unit.state = Parameters.STALE
+            else:
+                self.need(unit)
+        for slot in self.slots:
+            self._exchange.give_back(slot.buffer)
 
     def _prefetch(self, unit: Unit | None) -> None:
         if unit is None or not unit.sharded or unit.state is not Parameters.STALE:
@@ -213,7 +229,8 @@ class Gatherer:
         self._start(unit)
 
     def _start(self, unit: Unit) -> None:
-        unit.ticket = self._exchange.all_gather([lane.gather() for lane in unit.lanes])
+        lanes = unit.lanes if unit.sharded else [lane for lane in unit.lanes if lane in unit.stale]
+        unit.ticket = self._exchange.all_gather([lane.gather() for lane in lanes])
         unit.state = Parameters.COMING
 
     def _settle(self, unit: Unit) -> None:

@@ -16,6 +16,7 @@ from lit_zero.zero.between import backward_is_running, moment, present_backward,
 from lit_zero.zero.calls import Handle, around_forward
 from lit_zero.zero.gathering import Gatherer
 from lit_zero.zero.lane import Lane
+from lit_zero.zero.recurrent import KeptInPlace
 from lit_zero.zero.reducing import Reducer
 from lit_zero.zero.unit import Parcel, Unit
 
@@ -35,7 +36,7 @@ class Hooks:
     ) -> None:
         self._gatherer, self._reducer, self._gradient_comes = gatherer, reducer, gradient_comes
         self._model = units[0].module
-        self._handles: list[Handle] = []
+        self._handles: list[Handle] = [KeptInPlace(self._model)]
         for number, unit in enumerate(units):
             if number > 0:
                 self._hook_forward(unit)
@@ -96,12 +97,10 @@ class Hooks:
             grad, param.grad = param.grad.detach(), None  # with create_graph=True it has a graph of its own
             self._gradient_comes()
             if grad.is_sparse:
-                raise LitZeroError(
-                    f"The gradient of {lane.infos[index].name!r} is sparse; lit_zero reduces dense gradients. Use "
-                    "nn.Embedding(..., sparse=False)."
-                )
+                grad = grad.to_dense()  # it travels in a flat buffer, where rows that nobody looked up are zeros
             backward = present_backward()
-            if unit.sharded and unit.brought != backward and not unit.outer:
+            here = unit.armed or unit.brought == backward  # armed: a part of it may be recomputed in a backward inside
+            if unit.sharded and not here and not unit.outer:
                 raise LitZeroError(
                     f"The backward of {unit.title} ran while its parameters were not there, so "
                     f"{lane.infos[index].name!r} got a wrong gradient: "

@@ -26,6 +26,7 @@ from torch import nn
 
 from lit_zero.comm.exchange import Exchange, Gather, Reduce
 from lit_zero.core.layout import ALIGN_BYTES, FlatLayout, Overlap
+from lit_zero.core.piece import Piece
 from lit_zero.zero.policy import Placement, Row
 
 
@@ -39,8 +40,10 @@ class ParamInfo:
         compute_dtype: dtype in which forward and backward see it.
         master_dtype: dtype of the authoritative copy and of checkpoints.
         aliases: further names of the same parameter (tied weights).
-        group: number of the optimizer's parameter group, counted over all optimizers, -1 for none.
+        group: number of the optimizer's parameter group, -1 for none.
+        optimizer: number of the optimizer, -1 for none.
         trainable: ``requires_grad`` at setup.
+        lowered_dtype: ``compute_dtype`` as the mode of the run wants it.
     """
 
     name: str
@@ -49,11 +52,15 @@ class ParamInfo:
     master_dtype: torch.dtype
     aliases: list[str] = field(default_factory=list)
     group: int = -1
+    optimizer: int = -1
     trainable: bool = True
+
+    def __post_init__(self) -> None:
+        self.lowered_dtype = self.compute_dtype
 
 
 class Lane:
-    """Parameters of one unit that share compute dtype, master dtype and trainability, in one flat buffer.
+    """Parameters of one unit that share compute dtype, master dtype, trainability and optimizer, in one flat buffer.
 
     Args:
         infos: the parameters, equal groups adjacent.
@@ -77,6 +84,7 @@ class Lane:
         self.infos = list(infos)
         self.row, self.device, self.hold = row, device, hold
         self.compute_dtype, self.master_dtype, self.trainable = first.compute_dtype, first.master_dtype, first.trainable
+        self.optimizer = first.optimizer
         self.lowered = self.compute_dtype != self.master_dtype
         align = ALIGN_BYTES // min(self.compute_dtype.itemsize, self.master_dtype.itemsize)
         entries = [(info.name, tuple(info.param.shape), info.group) for info in infos]
@@ -107,6 +115,7 @@ class Lane:
         self.seen = bytearray(len(infos))  # which parameters have landed in this backward
         self.reached = bytearray(len(infos))  # which parameters have landed since gradients were dropped
         self.accumulated = False  # ``grad_own`` holds reduced gradients that were not dropped
+        self._versions: list[int] = []  # of the parameters' values, as far as we have changed them
         self._carry: torch.Tensor | None = None  # reduced gradients set aside while new ones land in their place
         if self.trainable:
             self._allocate_gradients(exchange)
@@ -144,6 +153,26 @@ class Lane:
                 return info.name
         return None
 
+    def note_versions(self) -> None:
+        """Take the parameters' present values for ours."""
+        self._versions = [info.param._version for info in self.infos]
+
+    def count_step(self) -> None:
+        """Tell autograd that the values have changed: a graph that needs the old ones is refused, as in one process."""
+        torch.autograd.graph.increment_version([info.param for info in self.infos])
+        self.note_versions()
+
+    def overwritten(self) -> str | None:
+        """Return the name of a parameter that somebody else has written to where the master does not see it, ``None``
+        if all is well.
+        """
+        # The parameter's memory is all there is, or every rank has written the same to all of it.
+        seen = not self.lowered and self.row.parameter is Placement.REPLICATE
+        if seen and (not self.trainable or self.row.optimizer is Placement.REPLICATE):
+            return None
+        versions = zip(self.infos, self._versions, strict=True)
+        return next((info.name for info, version in versions if info.param._version != version), None)
+
     def store(self, index: int, value: torch.Tensor) -> None:
         """Take over the value of parameter ``index`` (full shape, any dtype or device): this rank's part of it is
         kept.
@@ -168,6 +197,34 @@ class Lane:
                 return Gather(self.full, self.master)
             own.copy_(self.master)
         return Gather(self.full, own)
+
+    def own_master(self) -> torch.Tensor:
+        """Return the part of the master that this rank answers for, shape ``[P/N]``."""
+        return self.master[self.start - self.master_start : self.end - self.master_start]
+
+    def pieces(self, whole_if_replicated: bool) -> list[Piece]:
+        """Return the parts of the parameters' masters that this rank answers for.
+
+        Args:
+            whole_if_replicated: a replicated master gives its whole range.
+        """
+        whole = self.row.optimizer is Placement.REPLICATE and whole_if_replicated
+        start, end = (0, self.numel) if whole else (self.start, self.end)
+        found = []
+        for part in self.layout.overlaps(start, end):
+            first = part.local + start - self.master_start
+            data = self.master[first : first + part.length]
+            found.append(Piece(part.entry.name, part.entry.shape, part.start, data))
+        return found
+
+    def give_back(self, exchange: Exchange) -> None:
+        """Let go of the memory; nothing reads it any more."""
+        mine = [self.master]
+        if self.row.parameter is Placement.REPLICATE and self.full is not None:
+            mine = [self.full, *(mine if self.lowered else [])]
+        for tensor in (*mine, self.grad_full):
+            if tensor is not None:
+                exchange.give_back(tensor.view(torch.uint8))
 
     def publish(self) -> None:
         """After the master changed: bring this rank's part of replicated 2-byte parameters up to date."""
@@ -261,6 +318,10 @@ class Lane:
             return torch.zeros((), dtype=self.master_dtype, device=self.device).expand(self.shard_numel)
         grad = self._stored_grad()
         return grad if grad.dtype == self.master_dtype else grad.to(self.master_dtype)
+
+    def overwrite_gradient(self, first: int, last: int, value: torch.Tensor) -> None:
+        """Replace the reduced gradient of elements ``[first, last)`` of the master."""
+        self._stored_grad()[first:last].copy_(value.view(-1))
 
     def _stored_grad(self) -> torch.Tensor:
         grad = self.grad_full if self.row.optimizer is Placement.REPLICATE else self.grad_own

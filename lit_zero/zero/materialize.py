@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -54,7 +56,7 @@ def materialize(
         buffers = {key: b for key, b in module._buffers.items() if b is not None and b.is_meta}
         with _set_aside(module, [p for p in parameters if not p.is_meta], made, device):
             if own or buffers:
-                _materialize_module(name, module, own, buffers, device)
+                _materialize_module(model, name, module, own, buffers, device)
             elif any(p in made for p in parameters):
                 _draw_again(module)
         for key, param in own.items():
@@ -92,11 +94,16 @@ def _set_aside(
 
 
 def _materialize_module(
-    name: str, module: nn.Module, own: dict[str, nn.Parameter], buffers: dict[str, torch.Tensor], device: torch.device
+    model: nn.Module,
+    name: str,
+    module: nn.Module,
+    own: dict[str, nn.Parameter],
+    buffers: dict[str, torch.Tensor],
+    device: torch.device,
 ) -> None:
     title = f"Module {name!r} ({type(module).__name__})"
-    reset = getattr(module, "reset_parameters", None)
-    if not callable(reset):
+    reset = _reset_of(model, name, module, buffers_only=not own)
+    if reset is None:
         raise UnsupportedError(
             f"{title} is on the meta device and has no reset_parameters() to initialise it. Add one, or build the "
             "module on a real device."
@@ -104,22 +111,18 @@ def _materialize_module(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         _refuse_lost_values(title, own, reset)
     unset: dict[str, torch.Tensor] = {}
-    if isinstance(module, nn.RNNBase):
-        module._flat_weight_refs = []  # weak references, which swap_tensors does not allow
     for key, param in own.items():
         try:
-            # swap_tensors keeps the object, which optimizers and other modules may hold
-            torch.utils.swap_tensors(param, nn.Parameter(_unset_like(param, device), requires_grad=param.requires_grad))
+            _become(module, param, nn.Parameter(_unset_like(param, device), requires_grad=param.requires_grad))
         except RuntimeError as error:
             raise UnsupportedError(
                 f"{title} is on the meta device, and its {key!r} cannot be given memory: {error}. Build the module on "
                 "a real device."
             ) from error
         unset[key] = param
-    if isinstance(module, nn.RNNBase):
-        module._init_flat_weights()
     for key, buffer in buffers.items():
         module._buffers[key] = unset[key] = _unset_like(buffer, device)
+    written = {key: value._version for key, value in unset.items()}
     with torch.no_grad():
         reset()
     for key, before in unset.items():
@@ -130,11 +133,30 @@ def _materialize_module(
                 f"{key!r}, which optimizers do not know. Write to the one that is there (with nn.init), or build the "
                 "module on a real device."
             )
-        if value is not None and (value.is_floating_point() or value.is_complex()) and bool(value.isnan().any()):
+        if value is None or not value.numel():
+            continue
+        # Integers have no value that says "not set"; whether something has been written is known of all.
+        untouched = value is before and value._version == written[key]
+        if untouched or ((value.is_floating_point() or value.is_complex()) and bool(value.isnan().any())):
             raise UnsupportedError(
                 f"{title} is on the meta device and its reset_parameters() does not set {key!r}. Set it there, or "
                 "build the module on a real device."
             )
+
+
+def _reset_of(model: nn.Module, name: str, module: nn.Module, buffers_only: bool) -> Callable[[], Any] | None:
+    """Return what initialises ``module``: its own ``reset_parameters``, or, where nothing but buffers is to be set, the
+    ``_init_weights`` of the innermost module around it, as Hugging Face's models have it for tables of positions.
+    """
+    reset = getattr(module, "reset_parameters", None)
+    if callable(reset) or not buffers_only:
+        return reset if callable(reset) else None
+    around = [name[:end] for end, letter in enumerate(f"{name}.") if letter == "."]
+    for ancestor in (*(model.get_submodule(each) for each in reversed(around)), model):
+        init = getattr(ancestor, "_init_weights", None)
+        if callable(init):
+            return partial(init, module)
+    return None
 
 
 def _refuse_lost_values(title: str, own: dict[str, nn.Parameter], reset: Callable[[], None]) -> None:
@@ -167,3 +189,54 @@ def _share_random_state(device: torch.device, exchange: Exchange) -> None:
         state = torch.cuda.get_rng_state(device).to(device)
         exchange.broadcast(state)
         torch.cuda.set_rng_state(state.cpu(), device)
+
+
+# ---- values that come from elsewhere
+
+_NOTHING = torch.zeros(2, dtype=torch.float64, device="cpu")  # as many bytes as any element has
+
+
+def empty_like(param: torch.Tensor) -> torch.Tensor:
+    """Return a tensor on the host with ``param``'s shape and dtype and no memory: all its elements are one."""
+    return _NOTHING.view(param.dtype)[0].expand(param.shape)
+
+
+def is_empty(param: torch.Tensor) -> bool:
+    """Return whether ``param`` is one that :func:`empty_like` has made."""
+    return param.device.type == "cpu" and param.untyped_storage().data_ptr() == _NOTHING.data_ptr()
+
+
+def exchange(model: nn.Module, params: Collection[nn.Parameter], make: Callable[[nn.Parameter], nn.Parameter]) -> None:
+    """Let every one of ``params`` become what ``make`` makes of it, and stay the object that it is.
+
+    Raises:
+        UnsupportedError: naming a parameter that other objects refer to in a way that forbids it.
+    """
+    left = set(params)
+    for name, module in model.named_modules():
+        for key, param in module._parameters.items():
+            if param is None or param not in left:
+                continue
+            left.remove(param)
+            try:
+                _become(module, param, make(param))
+            except RuntimeError as error:
+                raise UnsupportedError(
+                    f"The {key!r} of module {name!r} ({type(module).__name__}) cannot wait for its value: {error}. "
+                    "Load its weights before the Trainer runs, in __init__."
+                ) from error
+
+
+def _become(module: nn.Module, param: nn.Parameter, other: nn.Parameter) -> None:
+    """Let ``param`` be ``other``; it stays the same object, which optimizers and other modules may hold, with all
+    attributes that somebody has given it.
+    """
+    if param._backward_hooks or param._post_accumulate_grad_hooks:
+        raise RuntimeError("hooks are registered on it, which would be lost")
+    attributes = dict(vars(param))
+    if isinstance(module, nn.RNNBase):
+        module._flat_weight_refs = []  # weak references, which swap_tensors does not allow
+    torch.utils.swap_tensors(param, other)
+    vars(param).update(attributes)
+    if isinstance(module, nn.RNNBase):
+        module._init_flat_weights()

@@ -10,6 +10,22 @@ import torch
 from torch import nn
 
 from lit_zero.core.errors import UnsupportedError
+from lit_zero.zero.policy import Placement, Row
+
+
+def is_shaped(optimizer: torch.optim.Optimizer, row: Row) -> bool:
+    """Return whether the optimizer needs parameters in their real shapes, which only whole masters have.
+
+    Raises:
+        UnsupportedError: if it does, and masters are sharded.
+    """
+    try:
+        require_elementwise(optimizer)
+    except UnsupportedError:
+        if row.optimizer is Placement.SHARD or isinstance(optimizer, torch.optim.LBFGS):
+            raise
+        return True
+    return False
 
 
 def require_elementwise(optimizer: torch.optim.Optimizer) -> None:

@@ -13,13 +13,14 @@ One backward, in phases:
 
 [Note: the order of reductions] It must not follow the arrival on one rank, since ranks may run different branches of a
 model. It starts as the reverse of registration; after the first backward rank 0's order of completion replaces it, so
-that a unit that is always late (a parameter in it is never used) does not hold up the others.
+that a unit that is always late (a parameter in it is never used) does not hold up the others. Backwards that reach
+different parcels (of several optimizers) each have an order of their own.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 
@@ -43,13 +44,19 @@ class Reducer:
 
     def __init__(self, units: Sequence[Unit], exchange: Exchange, device: torch.device) -> None:
         self._units, self._exchange, self._device = units, exchange, device
-        self._order = [parcel for unit in reversed(units) for parcel in reversed(unit.parcels)]
+        self._parcels = [parcel for unit in reversed(units) for parcel in reversed(unit.parcels)]
+        self._orders: dict[tuple[int, ...], list[Parcel]] = {}  # learned, by the parcels that a backward reaches
+        self._reached = tuple(range(len(self._parcels)))  # by the backward that runs
+        self._expected = set(self._parcels)  # the same
+        self._order = self._parcels
         self._order_learned = exchange.size == 1
-        lanes = [lane for parcel in self._order for lane in parcel.lanes]
+        lanes = [lane for parcel in self._parcels for lane in parcel.lanes]
         self._recycles = any(lane.row.gradient is Placement.SHARD for lane in lanes)
         self._holds = any(lane.hold for lane in lanes)
-        self._size = max((p.landing_bytes() for p in self._order if not p.unit.outer), default=0)
-        self._free: list[torch.Tensor] = []
+        self._size = max((p.landing_bytes() for p in self._parcels if not p.unit.outer), default=0)
+        self._free: dict[int, list[torch.Tensor]] = {}  # by bytes
+        # Kept from step to step they cost no page faults; where parameters are sharded, memory is what counts.
+        self._keeps = all(lane.row.parameter is Placement.REPLICATE for lane in lanes)
         self._lent: dict[Parcel, torch.Tensor] = {}
         self.peak_bytes = 0  # most bytes of landing buffers at one time
         self._flying: deque[tuple[Parcel, Ticket]] = deque()
@@ -57,14 +64,30 @@ class Reducer:
         self._next = 0
         self.deferred = False  # the coming backward does not reduce: more micro-batches of this step follow
 
-    def begin(self, fresh: bool) -> None:
+    @property
+    def lanes(self) -> list[Lane]:
+        """The lanes that the present backward reduces, or the last one has reduced."""
+        return [lane for parcel in self._order for lane in parcel.lanes]
+
+    def begin(self, fresh: Callable[[Lane], bool], reached: Collection[Lane] | None = None) -> None:
         """Start a backward.
 
         Args:
-            fresh: earlier gradients have been dropped (``zero_grad``); else the new ones are added to them.
+            fresh: whether a lane's earlier gradients have been dropped (``zero_grad``); else the new ones are added to
+                them.
+            reached: lanes that the loss of some rank reaches, the same on every rank; parcels without any keep what
+                they have. ``None``: all.
         """
         while self._flying:  # a backward that failed has left them behind
             self._land_oldest()
+        chosen = [
+            number
+            for number, parcel in enumerate(self._parcels)
+            if reached is None or any(lane in reached for lane in parcel.lanes)
+        ]
+        self._reached, self._expected = tuple(chosen), {self._parcels[number] for number in chosen}
+        self._order = self._orders.get(self._reached) or [self._parcels[number] for number in chosen]
+        self._order_learned = self._exchange.size == 1 or self._reached in self._orders
         self._next = 0
         self._finished = []
         for unit in self._units:
@@ -73,11 +96,17 @@ class Reducer:
             parcel.done, parcel.landed = False, 0
             parcel.waiting.clear()
             for lane in parcel.lanes:
-                lane.begin_backward(fresh)
+                lane.begin_backward(fresh(lane))
 
     def land(self, parcel: Parcel, lane: Lane, index: int, grad: torch.Tensor) -> bool:
         """Take in one gradient; return whether it was the parcel's last."""
         unit = parcel.unit
+        if parcel not in self._expected:
+            raise LitZeroError(
+                f"A gradient of {lane.infos[index].name!r} came, but the loss did not seem to reach it. A reentrant "
+                "checkpoint hides what is inside; with several optimizers use torch.utils.checkpoint(..., "
+                "use_reentrant=False)."
+            )
         if parcel.done:
             raise LitZeroError(
                 f"A gradient of {lane.infos[index].name!r} came after it had been reduced in this backward. "
@@ -117,16 +146,22 @@ class Reducer:
                 self.complete(parcel)
         while self._flying:
             self._land_oldest()
-        while self._free:
-            self._exchange.give_back(self._free.pop())
-        if not self._order_learned:
+        if not self._keeps:
+            self.give_back()
+        if not self._order_learned and self._order:
             self._learn_order()
+
+    def give_back(self) -> None:
+        """Let go of landing buffers that nothing is using."""
+        for free in self._free.values():
+            while free:
+                self._exchange.give_back(free.pop())
 
     def _learn_order(self) -> None:
         position = {parcel: number for number, parcel in enumerate(self._order)}
         order = torch.tensor([position[p] for p in self._finished], dtype=torch.int64, device=self._device)
         self._exchange.broadcast(order)
-        self._order = [self._order[number] for number in order.tolist()]
+        self._orders[self._reached] = [self._order[number] for number in order.tolist()]
         self._order_learned = True
 
     def _copy(self, parcel: Parcel, lane: Lane, index: int, grad: torch.Tensor) -> None:
@@ -149,18 +184,17 @@ class Reducer:
 
     def _acquire(self, parcel: Parcel) -> torch.Tensor:
         """Return a landing buffer: a free one, a new one while there are few, else that of the oldest reduction."""
-        if parcel.unit.outer:  # its size is its own
-            return self._lend(parcel, self._exchange.borrow(parcel.landing_bytes(), self._device))
-        inner = sum(not p.unit.outer for p in self._lent)
-        while not self._free and inner >= self.landing_buffers and self._flying:
+        # An outer unit's size is its own, and a held micro-batch stays until the last one: nothing is recycled.
+        alone = parcel.unit.outer or (self.deferred and self._holds)
+        size = parcel.landing_bytes() if alone else self._size
+        free = self._free.setdefault(size, [])
+        lent = sum(not p.unit.outer for p in self._lent)
+        while not alone and not free and lent >= self.landing_buffers and self._flying:
             self._land_oldest()
-        if self._free:
-            return self._lend(parcel, self._free.pop())
-        return self._lend(parcel, self._exchange.borrow(self._size, self._device))
-
-    def _lend(self, parcel: Parcel, buffer: torch.Tensor) -> torch.Tensor:
+        buffer = free.pop() if free else self._exchange.borrow(size, self._device)
         self._lent[parcel] = buffer
-        self.peak_bytes = max(self.peak_bytes, sum(b.numel() for b in (*self._lent.values(), *self._free)))
+        kept = sum(size * len(buffers) for size, buffers in self._free.items())
+        self.peak_bytes = max(self.peak_bytes, kept + sum(b.numel() for b in self._lent.values()))
         return buffer
 
     def _land_oldest(self) -> None:
@@ -171,7 +205,7 @@ class Reducer:
         if self._recycles:
             parcel.set_landing(None)
             buffer = self._lent.pop(parcel)
-            if parcel.unit.outer:
-                self._exchange.give_back(buffer)
+            if self._keeps or buffer.numel() == self._size:
+                self._free.setdefault(buffer.numel(), []).append(buffer)
             else:
-                self._free.append(buffer)
+                self._exchange.give_back(buffer)

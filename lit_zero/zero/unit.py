@@ -45,7 +45,7 @@ class Slot:
 
 @dataclass(eq=False)
 class Parcel:
-    """Trainable lanes of a unit whose gradients are reduced together.
+    """Trainable lanes of a unit and an optimizer whose gradients are reduced together.
 
     A unit has several, so that reductions start before its backward ends and landing buffers are smaller than units.
     """
@@ -76,7 +76,14 @@ class Parcel:
 
 
 def _parcelled(lanes: list[Lane]) -> list[list[Lane]]:
-    """Give every lane a parcel of its own, except small ones: they join the first, which is usually complete last."""
+    """Give every lane a parcel of its own, except small ones: they join the first of their optimizer, which is usually
+    complete last.
+    """
+    if len({lane.optimizer for lane in lanes}) > 1:
+        optimizers = dict.fromkeys(lane.optimizer for lane in lanes)
+        return [
+            parcel for one in optimizers for parcel in _parcelled([lane for lane in lanes if lane.optimizer == one])
+        ]
     large = [lane for lane in lanes if lane.numel * lane.landing_dtype.itemsize >= _SMALL]
     small = [lane for lane in lanes if lane not in large]
     parcels = [[lane] for lane in large]
@@ -104,6 +111,7 @@ class Unit:
     outer: bool
     slot: Slot | None = None
     state: Parameters = Parameters.WHOLE
+    stale: list[Lane] = field(default_factory=list)  # replicated parameters: lanes that other ranks have updated
     ticket: Ticket | None = None
     active: int = 0  # forwards of the module that are running
     began: list[int] = field(default_factory=list)  # moments at which the forwards that are running began
@@ -130,6 +138,11 @@ class Unit:
     def title(self) -> str:
         """The name for messages."""
         return repr(self.name) if self.name else "the root unit"
+
+    def relane(self, lanes: list[Lane]) -> None:
+        """Take other lanes; their parameters are whole, or in no slot yet."""
+        self.lanes, self.state, self.slot = lanes, Parameters.WHOLE, None
+        self.__post_init__()
 
     def parameter_bytes(self) -> int:
         """Bytes of the full parameters, as they lie in a slot."""

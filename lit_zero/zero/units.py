@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from lit_zero.core.errors import ConfigError, UnsupportedError, did_you_mean
 from lit_zero.precision.policy import Lowering
@@ -97,10 +98,10 @@ def _choose(model: nn.Module, units: Units) -> set[str]:
     if callable(units):
         return _runnable(model, {name for name, module in named if units(name, module)})
     chosen: set[str] = set()
-    classes = {type(module).__name__ for _, module in named}
+    classes = {_kind(module).__name__ for _, module in named}
     for pattern in units:
         found = {
-            name for name, module in named if type(module).__name__ == pattern or fnmatch.fnmatchcase(name, pattern)
+            name for name, module in named if _kind(module).__name__ == pattern or fnmatch.fnmatchcase(name, pattern)
         }
         if not found:
             raise ConfigError(
@@ -124,6 +125,11 @@ def _runnable(model: nn.Module, chosen: set[str]) -> set[str]:
     return chosen
 
 
+def _kind(module: nn.Module) -> type:
+    """Return the class that a module was made of: a parametrized one has a class of its own."""
+    return parametrize.type_before_parametrizations(module)
+
+
 def _repeated_blocks(model: nn.Module) -> set[str]:
     """Return the names of the entries of every large outermost list that repeats one class of module with
     parameters.
@@ -136,12 +142,12 @@ def _repeated_blocks(model: nn.Module) -> set[str]:
         if parent in inside:  # only outermost lists: blocks are not cut into their own repeated parts
             inside.add(name)
             continue
-        if not isinstance(module, _LISTS):
+        if not isinstance(module, _LISTS) or isinstance(module, parametrize.ParametrizationList):
             continue
         children = [(child, m) for child, m in module.named_children() if any(p.numel() for p in m.parameters())]
         kinds: dict[type, int] = defaultdict(int)
         for _, child in children:
-            kinds[type(child)] += 1
+            kinds[_kind(child)] += 1
         if max(kinds.values(), default=0) >= 2:
             entries[name] = [f"{name}.{child}" if name else child for child, _ in children]
             sizes[name] = sum(p.numel() for p in module.parameters())

@@ -12,19 +12,25 @@ import threading
 import time
 from datetime import timedelta
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from lit_zero.comm import direct
 from lit_zero.comm.direct import DirectExchange
 from lit_zero.comm.exchange import Exchange, Gather, Reduce
 from lit_zero.comm.native import NativeExchange
+from lit_zero.comm.shared import Address, Neighbour
 from tests.pool import RankFailure
 
 CPU = torch.device("cpu")
 FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
-KINDS = [("direct", True), ("direct", False), ("native", True)]  # on CPU the native one has nothing to overlap
+# "direct" sends messages, "shared" reads in shared memory, "machines" does both, as two machines with half of the ranks
+# each would; on CPU the native one has nothing to overlap.
+KINDS = [("direct", True), ("direct", False), ("shared", True), ("shared", False), ("machines", True), ("native", True)]
+LARGE = 1 << 12  # bytes; the longer lanes here are large, the shorter are not
 LONG = 150_001  # elements of a part; more than a MiB in fp64 and fp32 alike, and a multiple of nothing
 
 
@@ -34,9 +40,30 @@ def make(
     def group() -> Any:
         return dist.new_group(backend="gloo", timeout=None if timeout is None else timedelta(seconds=timeout))
 
-    if kind == "direct":
-        return DirectExchange(group(), overlap, reduce_dtype)
+    if kind == "machines":
+        with mock.patch.object(direct, "Neighbour", Machines(dist.get_rank(), dist.get_world_size())):
+            return DirectExchange(group(), overlap, reduce_dtype, large=LARGE)
+    if kind in ("direct", "shared"):
+        return DirectExchange(group(), overlap, reduce_dtype, shared_memory=kind == "shared", large=LARGE)
     return NativeExchange(group(), group(), CPU, overlap, reduce_dtype)
+
+
+class Machines:
+    """Makes neighbours of the ranks in one half of the world only."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.peers = iter([peer for peer in range(size) if peer != rank])
+        self.mine = [peer for peer in range(size) if peer * 2 // size == rank * 2 // size]
+
+    def __call__(self, address: Address) -> Neighbour:
+        if next(self.peers) not in self.mine:
+            raise FileNotFoundError("on another machine")
+        return Neighbour(address)
+
+
+def placed(exchange: Exchange, value: torch.Tensor) -> torch.Tensor:
+    """Return ``value`` in memory of the exchange."""
+    return exchange.zeros(value.numel(), value.dtype, CPU).copy_(value)
 
 
 def contribution(rank: int, numel: int, dtype: torch.dtype, salt: int = 0) -> torch.Tensor:
@@ -58,7 +85,7 @@ def agree(kind: str, one: torch.Tensor, other: torch.Tensor, added_in: torch.dty
     """Return whether two sums agree: bit for bit, except that gloo's own collectives add in an order of their own."""
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
-    if kind == "direct":
+    if kind != "native":
         return torch.equal(one, other)
     tolerance = max({FP64: 1e-14, FP32: 1e-6, BF16: 2e-2, FP16: 2e-3}[dtype] for dtype in (one.dtype, added_in or FP64))
     return torch.allclose(one, other, rtol=tolerance, atol=4 * tolerance)
@@ -89,14 +116,14 @@ def reduce_everything(kind: str, overlap: bool, reduce_dtype: torch.dtype | None
         else:
             expected = (mine * scale if scale != 1.0 else mine).to(own_dtype)
         own = before.clone()
-        full = contribution(rank, part * size, dtype, salt)
+        full = placed(exchange, contribution(rank, part * size, dtype, salt))
         exchange.reduce_scatter([Reduce(full, own, scale, accumulate)]).wait()
         if not agree(kind, own, expected, total.dtype):
             wrong.append(("apart", case, accumulate, scale, (own - expected).abs().max().item()))
     for salt, (dtype, part, whole, scale) in enumerate(
         itertools.product((FP64, FP32, BF16), (4, 1000, LONG), (False, True), (1.0, 0.25)), start=100
     ):
-        full = contribution(rank, part * size, dtype, salt)
+        full = placed(exchange, contribution(rank, part * size, dtype, salt))
         own = full.view(size, -1)[rank]
         exchange.reduce_scatter([Reduce(full, own, scale, whole=whole)]).wait()
         expected = added_in_rank_order(size, part * size, dtype, salt, reduce_dtype)
@@ -122,8 +149,8 @@ def gather_everything(kind: str, overlap: bool) -> list[Any]:
     dtypes = (FP64, FP32, BF16, FP16, torch.int64, torch.uint8)
     for salt, (dtype, part, inside) in enumerate(itertools.product(dtypes, (1, 1000, LONG), (False, True))):
         expected = torch.cat([(100 * contribution(each, part, FP32, salt)).abs().to(dtype) for each in range(size)])
-        full = torch.zeros_like(expected)
-        own = full.view(size, -1)[rank] if inside else torch.empty(part, dtype=dtype)
+        full = exchange.zeros(part * size, dtype, CPU)
+        own = full.view(size, -1)[rank] if inside else exchange.zeros(part, dtype, CPU)
         own.copy_(expected.view(size, -1)[rank])
         exchange.all_gather([Gather(full, own)]).wait()
         if not torch.equal(full, expected):
@@ -145,12 +172,15 @@ def several_lanes(kind: str) -> list[Any]:
     rank, size = exchange.rank, exchange.size
     lanes = list(enumerate([(FP32, 1000), (FP64, 3), (BF16, 70_001), (FP32, LONG)]))
     reduces = [
-        Reduce(contribution(rank, part * size, dtype, salt), torch.zeros(part, dtype=FP32 if dtype == BF16 else dtype))
+        Reduce(
+            placed(exchange, contribution(rank, part * size, dtype, salt)),
+            torch.zeros(part, dtype=FP32 if dtype == BF16 else dtype),
+        )
         for salt, (dtype, part) in lanes
     ]
     gathers = []
     for salt, (dtype, part) in lanes:
-        own = contribution(rank, part, dtype, 50 + salt)
+        own = placed(exchange, contribution(rank, part, dtype, 50 + salt))
         gathers.append(Gather(torch.zeros(part * size, dtype=dtype), own))
     tickets = [
         exchange.reduce_scatter(reduces[:2]),
@@ -172,15 +202,15 @@ def several_lanes(kind: str) -> list[Any]:
 
 
 @pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("kind", ["direct", "native"])
+@pytest.mark.parametrize("kind", ["direct", "shared", "machines", "native"])
 def test_lanes_and_calls_do_not_mix(ranks, kind, size):
     for wrong in ranks(size).run(several_lanes, kind):
         assert wrong == []
 
 
 def reduced_with_a_late_rank(late: int) -> torch.Tensor:
-    exchange = make("direct")
-    full = contribution(exchange.rank, 5000 * exchange.size, FP32)
+    exchange = make("shared")
+    full = placed(exchange, contribution(exchange.rank, 5000 * exchange.size, FP32))
     own = torch.empty(5000)
     if exchange.rank == late:
         time.sleep(0.2)

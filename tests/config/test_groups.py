@@ -24,7 +24,7 @@ def test_all_groups_are_there() -> None:
     groups = {option.split("=")[0] for option in OPTIONS} | {"hydra"}
     assert groups == {
         *("zero", "precision", "checkpoint", "comm", "optimizer", "scheduler", "model", "data", "trainer"),
-        *("logger", "callbacks", "experiment", "hydra", "paths"),
+        *("logger", "callbacks", "experiment", "hparams_search", "hydra", "paths"),
     }
 
 
@@ -45,8 +45,10 @@ def test_zero_builds_the_stage_with_its_own_defaults(stage: str) -> None:
 @pytest.mark.parametrize(
     ("mode", "keys"),
     [
+        ("64-true", set()),
         ("32-true", set()),
         ("bf16-true", {"reduce_dtype"}),
+        ("16-true", {"reduce_dtype"}),
         ("bf16-mixed", {"reduce_dtype", "gradient_dtype", "lower"}),
         ("16-mixed", {"reduce_dtype", "gradient_dtype", "lower"}),
     ],
@@ -123,6 +125,16 @@ def test_experiment_stages_is_a_sweep() -> None:
     cfg = composed("experiment=stages", hydra=True)
     assert cfg.hydra.mode.name == "MULTIRUN"
     assert cfg.hydra.sweeper.params.zero == "none,stage1,stage2,stage3"
+
+
+def test_search_draws_keys_that_exist_and_minimizes_what_the_job_returns() -> None:
+    cfg = composed("hparams_search=optuna", hydra=True)
+    assert cfg.hydra.mode.name == "MULTIRUN"
+    assert cfg.hydra.sweeper._target_.endswith(".OptunaSweeper")
+    assert cfg.hydra.sweeper.sampler.seed is None
+    assert cfg.optimized_metric == "val_loss"
+    for key in cfg.hydra.sweeper.params:
+        assert OmegaConf.select(cfg, key) is not None
 
 
 def test_schemas_refuse_unknown_keys_and_wrong_types() -> None:

@@ -1,134 +1,16 @@
-"""Jobs of several processes: in sweeps, with failing ranks, with and without Hydra."""
+"""Jobs of several processes without Hydra, with ranks that fail, and the main job in every stage."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.config.support import APPS, EXAMPLES, Finished, in_order, run
-
-Sweep = tuple[Finished, Path]
-
-
-def sweep(folder: Path, *arguments: str) -> Sweep:
-    return run(APPS / "app.py", "-m", f"hydra.sweep.dir={folder}/sweep", *arguments, cwd=folder), folder / "sweep"
-
-
-def seen(folder: Path, number: int) -> list[dict[str, Any]]:
-    """What each rank of a job saw, by rank."""
-    files = sorted((folder / str(number)).glob("seen*.json"))
-    assert [file.name for file in files] == [f"seen{rank}.json" for rank in range(len(files))]
-    return [json.loads(file.read_text()) for file in files]
-
-
-@pytest.fixture(scope="module")
-def devices(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
-    return sweep(tmp_path_factory.mktemp("devices"), "trainer.devices=2,1,2", "lr=0.25")
-
-
-@pytest.fixture(scope="module")
-def failures(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
-    return sweep(tmp_path_factory.mktemp("failures"), "failure=rank1_raises,rank0_raises,rank0_sleeps,none")
-
-
-def test_each_job_has_its_own_ranks_and_folder(devices: Sweep) -> None:
-    done, folder = devices
-    assert done.code == 0, done.output
-    for number, size in enumerate([2, 1, 2]):
-        ranks = seen(folder, number)
-        assert [rank["world_size"] for rank in ranks] == [size] * size
-        assert [rank["group_size"] for rank in ranks] == [size] * size
-        assert [rank["steps"] for rank in ranks] == [2] * size
-    pids = [rank["pid"] for number in range(3) for rank in seen(folder, number)]
-    assert len({pids[0], pids[2], pids[3]}) == 1, "rank 0 of every job is the process that the user started"
-    assert len(set(pids)) == 3, "the other ranks of every job are new processes"
-
-
-def test_ranks_of_a_job_have_one_configuration(devices: Sweep) -> None:
-    _, folder = devices
-    for number, size in enumerate([2, 1, 2]):
-        configs = [rank["config"] for rank in seen(folder, number)]
-        assert all(config == configs[0] for config in configs)
-        assert configs[0]["trainer"]["devices"] == size
-        assert configs[0]["lr"] == 0.25
-        assert configs[0]["number"] == number
-
-
-def test_ranks_share_the_threads_that_one_process_has(devices: Sweep) -> None:
-    _, folder = devices
-    alone = seen(folder, 1)[0]["threads"]
-    for number in (0, 2):
-        assert [rank["threads"] for rank in seen(folder, number)] == [max(1, alone // 2)] * 2
-
-
-def test_only_the_first_rank_writes_hydras_files(devices: Sweep) -> None:
-    _, folder = devices
-    assert (folder / "0" / ".hydra" / "overrides.yaml").read_text() == "- trainer.devices=2\n- lr=0.25\n"
-    assert sorted(file.name for file in folder.iterdir()) == [
-        "0",
-        "1",
-        "2",
-        "multirun.yaml",
-        "results.csv",
-        "results.md",
-    ]
-    assert sorted(file.name for file in (folder / "0").glob("*.log")) == ["app.log", "app_rank1.log"]
-
-
-def test_sweep_ends_with_a_table(devices: Sweep) -> None:
-    done, folder = devices
-    table = done.output[done.output.rindex("3 jobs in") :]
-    assert "all with lr=0.25" in table
-    for number, size in enumerate([2, 1, 2]):
-        assert re.search(
-            rf"^ +{number}  trainer.devices={size} +\d\.\d{{4}} +3\.00 MiB +\d+ s  completed$", table, re.MULTILINE
-        ), table
-    assert len((folder / "results.md").read_text().splitlines()) == 5
-
-
-def test_failed_jobs_do_not_touch_the_others(failures: Sweep) -> None:
-    done, folder = failures
-    assert done.code == 1
-    ranks = seen(folder, 3)
-    assert [rank["world_size"] for rank in ranks] == [2, 2]
-    assert [rank["steps"] for rank in ranks] == [2, 2]
-    results = [json.loads((folder / str(number) / "result.json").read_text()) for number in range(4)]
-    assert [result["status"] for result in results] == ["failed", "failed", "failed", "completed"]
-    assert all(result["seconds"] < 60 for result in results)
-
-
-def test_failed_jobs_are_rows_of_the_table(failures: Sweep) -> None:
-    done, _ = failures
-    table = done.output[done.output.rindex("4 jobs in") :]
-    assert "failure=rank1_raises         -                 -" in table
-    assert table.count("FAILED rank 1 of 2 failed with ValueError: rank 1 alone finds a mistake\n") == 2
-    assert table.count("FAILED ValueError: rank 0 alone finds a mistake\n") == 1
-    assert table.count("completed") == 1
-
-
-def test_error_of_a_job_shows_the_traceback_of_the_rank(failures: Sweep) -> None:
-    done, folder = failures
-    error = json.loads((folder / "0" / "result.json").read_text())["error"]
-    assert in_order(
-        error,
-        [
-            "rank 1 of 2 failed with ValueError",
-            "The traceback of rank 1:",
-            "in _fail",
-            "ValueError: rank 1 alone finds a mistake",
-        ],
-    )
-    assert in_order(
-        done.output, ["Error executing job with overrides: ['failure=rank1_raises']", "The traceback of rank 1:"]
-    )
-
 
 FAILURES = ("none", "all_raise", "rank1_raises", "rank1_is_killed", "rank1_leaves", "rank0_is_stuck", "rank0_is_killed")
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
 from omegaconf import OmegaConf
 
 from lit_zero.config import validate
@@ -107,6 +110,33 @@ def test_refusal_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch, arguments: 
     assert said is not None, "it was not refused"
     assert said.startswith(message)
     assert "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("argument", "plugin"),
+    [
+        ("hydra/sweeper=optuna", "hydra-optuna-sweeper"),
+        ("hydra/launcher=joblib", "hydra-joblib-launcher"),
+        ("hydra/launcher=submitit_local", "hydra-submitit-launcher"),
+        ("hparams_search=optuna", "hydra-optuna-sweeper"),
+    ],
+)
+def test_plugin_is_missing(monkeypatch: pytest.MonkeyPatch, argument: str, plugin: str) -> None:
+    Plugins.instance()  # which puts there what is installed
+    monkeypatch.setattr(ConfigStore.instance(), "repo", without_plugins(ConfigStore.instance().repo))
+    said = refusal(monkeypatch, "-m", argument)
+    option = "hydra/sweeper=optuna" if argument.startswith("hparams") else argument
+    assert said == (
+        f"{option} needs the package {plugin}, which is not installed. Install it with 'pip install lit_zero[sweep]'."
+    )
+
+
+def without_plugins(repo: dict[str, Any]) -> dict[str, Any]:
+    """Hydra's store of configurations, without those that plugins have put there."""
+    hydra = dict(repo["hydra"])
+    for group in ("sweeper", "launcher"):
+        hydra[group] = {name: node for name, node in hydra[group].items() if name == "basic.yaml"}
+    return {**repo, "hydra": hydra}
 
 
 def test_refusal_reaches_the_terminal_as_one_line_and_nothing_starts(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ SCRIPT = """
         seen = {
             "world": fabric.world_size,
             "weights": {name: value.tolist() for name, value in weights.items()},
-            "strategy": type(fabric.strategy).__mro__[2].__module__,
+            "strategy": next(k.__module__ for k in type(fabric.strategy).__mro__ if k.__name__ == "ParallelStrategy"),
         }
         Path(folder, f"rank{fabric.global_rank}.json").write_text(json.dumps(seen))
 

@@ -367,7 +367,7 @@ def test_refusals(ranks, tmp_path):
         "nan": "LitZeroError",
         "nonfinite": "NonfiniteNormError",
         "stranger": "LitZeroError",
-        "twice": "LitZeroError",
+        "twice": "UnsupportedError",
         "not set up": "LitZeroError",
         "not set up, optimizer": "LitZeroError",
         "state_dict": "LitZeroError",
@@ -377,7 +377,7 @@ def test_refusals(ranks, tmp_path):
         "nan": "Set nonfinite_loss='ignore' in ZeroStrategy to train on",
         "nonfinite": "Set error_if_nonfinite=False to scale the gradients by it anyway",
         "stranger": "Call fabric.setup_module(model) first",
-        "twice": "which another optimizer holds already",
+        "twice": "is in two optimizers or groups",
         "not set up": "Linear has not been set up with this strategy",
         "not set up, optimizer": "SGD has not been set up with this strategy",
         "state_dict": "Save with fabric.save(path, state)",
@@ -411,7 +411,7 @@ def test_the_same_object_serves_trainer_or_fabric():
     fabric = Fabric(accelerator="cpu", devices=1, strategy=strategy)
     assert fabric.strategy is strategy and type(strategy) is FabricZeroStrategy
     assert strategy.zero.slots == 3 and strategy.checkpoint_policy.format == "sharded"
-    assert strategy._timeout.total_seconds() == 60.0
+    assert strategy.timeout.total_seconds() == 60.0
     assert strategy.accelerator is fabric.accelerator and strategy.parallel_devices == [torch.device("cpu")]
     other = ZeroStrategy(**arguments)
     trainer = pl.Trainer(accelerator="cpu", devices=1, strategy=other, logger=False, enable_checkpointing=False)
@@ -422,6 +422,8 @@ def test_the_same_object_serves_trainer_or_fabric():
 
     with pytest.raises(UnsupportedError, match="Mine is a strategy for a Trainer. Derive it from"):
         Fabric(accelerator="cpu", devices=1, strategy=Mine())
+    with pytest.raises(UnsupportedError, match="start_method='spawn' has no effect in Fabric: start several"):
+        Fabric(accelerator="cpu", devices=1, strategy=ZeroStrategy(start_method="spawn"))
     with pytest.raises(ConfigError, match="slots"):
         Fabric(accelerator="cpu", strategy=ZeroStrategy(Zero("stage3", slots=0)))
     with pytest.raises(LitZeroError, match="outside a Trainer or Fabric"):

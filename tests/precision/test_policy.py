@@ -21,7 +21,7 @@ FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.flo
         ),
         (
             {"gradient_dtype": "bf16"},
-            "precision.gradient_dtype='bf16' is not known. Choose one of: auto, float32, compute.",
+            "precision.gradient_dtype='bf16' is not known. Choose one of: float32, compute.",
         ),
         (
             {"lower": "matmuls"},
@@ -76,22 +76,15 @@ def test_outside_mixed_modes_every_parameter_computes_in_its_own_dtype():
 
 
 @pytest.mark.parametrize(
-    ("choice", "accumulating", "expected"),
-    [
-        ("auto", False, BF16),
-        ("auto", True, FP32),
-        ("float32", False, FP32),
-        ("float32", True, FP32),
-        ("compute", False, BF16),
-        ("compute", True, BF16),
-    ],
+    ("choice", "expected"),
+    [("float32", FP32), ("compute", BF16)],
 )
-def test_gradient_dtype_of_lowered_parameters(choice, accumulating, expected):
-    lowering = Lowering(Precision(gradient_dtype=choice), BF16, accumulating)
+def test_gradient_dtype_of_lowered_parameters(choice, expected):
+    lowering = Lowering(Precision(gradient_dtype=choice), BF16)
     assert lowering.gradient_dtype(compute=BF16, master=FP32) is expected
 
 
-@pytest.mark.parametrize("choice", ["auto", "float32", "compute"])
+@pytest.mark.parametrize("choice", ["float32", "compute"])
 @pytest.mark.parametrize("dtype", [FP64, FP32, BF16])
 def test_gradients_of_other_parameters_keep_their_dtype(choice, dtype):
-    assert Lowering(Precision(gradient_dtype=choice), BF16, True).gradient_dtype(dtype, dtype) is dtype
+    assert Lowering(Precision(gradient_dtype=choice), BF16).gradient_dtype(dtype, dtype) is dtype

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -67,7 +68,8 @@ SCRIPT = """
             "world": trainer.world_size,
             "steps": trainer.global_step,
             "weights": {name: value.tolist() for name, value in weights.items()},
-            "strategy": type(trainer.strategy).__mro__[2].__module__,
+            "strategy": next(k.__module__ for k in type(trainer.strategy).__mro__ if k.__name__ == "ParallelStrategy"),
+            "names": sorted(name for name in pl.strategies.StrategyRegistry if name.startswith("zero")),
         }
         if trainer.is_global_zero and strategy != "zero3":
             time.sleep(1.0)  # the other rank has left
@@ -80,6 +82,7 @@ CASES = {
     "alone, stage 3": ("", "lightning", "zero3", ""),
     "torchrun": ("torchrun", "lightning", "zero3", ""),
     "pytorch_lightning": ("", "pytorch_lightning", "zero2", ""),
+    "pytorch_lightning, spawn": ("", "pytorch_lightning", "zero3_spawn", ""),
     "rank 0 raises": ("", "lightning", "zero3", "rank 0 raises"),
     "rank 1 raises": ("", "lightning", "zero2", "rank 1 raises"),
     "torchrun, rank 0 raises": ("torchrun", "lightning", "zero1", "rank 0 raises"),
@@ -134,8 +137,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Finished]:
         )
         return Finished(done.returncode, done.stdout, folder, time.time())
 
+    cases = [case for case in CASES if CASES[case][1] == "lightning" or importlib.util.find_spec(CASES[case][1])]
     with ThreadPoolExecutor(2) as pool:
-        return dict(zip(CASES, pool.map(run, CASES), strict=True))
+        return dict(zip(cases, pool.map(run, cases), strict=True))
 
 
 @pytest.mark.parametrize("case", ["alone", "alone, stage 3", "torchrun"])
@@ -157,12 +161,27 @@ def test_rank_0_goes_on_alone_after_fit(finished):
 
 
 def test_the_other_name_of_lightning(finished):
+    if "pytorch_lightning" not in finished:
+        pytest.skip("pytorch_lightning is not installed")
     done = finished["pytorch_lightning"]
     assert done.code == 0, done.output
     first = done.seen(0)
     assert first["strategy"] == "pytorch_lightning.strategies.parallel"
     assert first["steps"] == 4
     assert first["weights"] == finished["alone"].seen(0)["weights"]
+
+
+def test_spawn_under_the_other_name_of_lightning(finished):
+    if "pytorch_lightning, spawn" not in finished:
+        pytest.skip("pytorch_lightning is not installed")
+    done = finished["pytorch_lightning, spawn"]
+    assert done.code == 0, done.output
+    mine, alone = done.seen(0), finished["alone"].seen(0)
+    assert mine["strategy"] == "pytorch_lightning.strategies.parallel"
+    assert mine["names"] == alone["names"]
+    assert len(mine["names"]) == 16
+    assert mine["weights"] == alone["weights"], "whole, in the process that has launched the ranks"
+    assert mine["forward"] == alone["forward"]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,13 +13,8 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import (
-    BaseFinetuning,
-    EMAWeightAveraging,
-    ModelPruning,
-    StochasticWeightAveraging,
-    WeightAveraging,
-)
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.plugins.precision import Precision as LightningPrecision
 from torch import nn
 
@@ -74,8 +70,8 @@ def test_a_modules_own_state_dict(ranks, tmp_path, stage, precision, guarded):
         * (
             f"{name}.state_dict() and load_state_dict() would see released or 2-byte parameters under this strategy. "
             "Save with trainer.save_checkpoint(path), get the weights with "
-            "trainer.strategy.lightning_module_state_dict() on all ranks, and load weights before setup (in __init__ "
-            "or configure_model) or through ckpt_path."
+            "trainer.strategy.full_state_dict() on all ranks, and load weights before setup (in __init__ or "
+            "configure_model) or through ckpt_path."
         )
         for name in ("LitGPT", "LitGPT", "Block")
     ]
@@ -107,12 +103,6 @@ def test_a_rank_that_saves_alone(ranks, tmp_path):
 # ---- what is not supported
 
 
-class Manual(LitGPT):
-    def __init__(self, **arguments: Any) -> None:
-        super().__init__(**arguments)
-        self.automatic_optimization = False
-
-
 class Several(LitGPT):
     def configure_optimizers(self) -> Any:
         return [torch.optim.SGD(part.parameters(), 0.1) for part in (self.model.blocks, self.model.norm)]
@@ -136,12 +126,6 @@ class Matrices(LitGPT):
 @pytest.mark.parametrize(
     ("module", "kind", "words"),
     [
-        (
-            Manual,
-            UnsupportedError,
-            "Manual uses manual optimization (automatic_optimization=False), which ZeroStrategy does not support yet. "
-            "Use automatic optimization, or strategy='ddp'.",
-        ),
         (Several, RuntimeError, "Training with multiple optimizers is only supported with manual optimization."),
         (
             Without,
@@ -156,37 +140,6 @@ class Matrices(LitGPT):
 def test_modules(ranks, tmp_path, module, kind, words):
     for found in ranks(2).run(refused, replace(FIT, module=module), tmp_path, kind):
         assert found.startswith(words)
-
-
-class OwnAverage(EMAWeightAveraging):
-    pass
-
-
-class Unfreezes(BaseFinetuning):
-    def freeze_before_training(self, pl_module: pl.LightningModule) -> None:
-        self.freeze(pl_module.model.blocks[0])
-
-
-def refused_callback(kind: type, arguments: dict[str, Any], folder: Path) -> str:
-    return refused(replace(FIT, trainer={"callbacks": [kind(**arguments)]}), folder, UnsupportedError)
-
-
-@pytest.mark.parametrize(
-    ("kind", "arguments"),
-    [
-        (StochasticWeightAveraging, {"swa_lrs": 1e-2}),
-        (WeightAveraging, {}),
-        (OwnAverage, {}),
-        (ModelPruning, {"pruning_fn": "l1_unstructured"}),
-        (Unfreezes, {}),
-    ],
-)
-def test_callbacks(ranks, tmp_path, kind, arguments):
-    for found in ranks(2).run(refused_callback, kind, arguments, tmp_path):
-        assert found == (
-            f"The callback {kind.__name__} does not work with ZeroStrategy yet: it works on whole parameters. Remove "
-            "it, or use strategy='ddp'."
-        )
 
 
 class OwnPrecision(LightningPrecision):
@@ -240,6 +193,119 @@ def test_more_processes_than_the_machine_can_run(tmp_path):
     with pytest.raises(ConfigError) as caught:
         make_trainer(replace(FIT, devices=4096), tmp_path)
     assert "devices=4096 is more than this machine can run: expected at most" in str(caught.value)
+
+
+# ---- another number of processes than the script has
+
+
+def refuse_another_size(fit: Fit, folder: Path) -> str:
+    """As in a script whose first Trainer has started the ranks that are here; torchrun would have said so itself."""
+    del os.environ["TORCHELASTIC_RUN_ID"]
+    return refused(fit, folder, ConfigError)
+
+
+ADVICE = (
+    "Give every Trainer of a script the same devices and num_nodes, or train with another number in a script of its "
+    "own."
+)
+
+
+def test_more_devices_than_an_earlier_trainer(ranks, tmp_path):
+    assert ranks(1).run(refuse_another_size, FIT, tmp_path) == [
+        "The Trainer asks for 2 processes (devices times num_nodes), but this one belongs to a group of 1: an earlier "
+        f"Trainer of this script has started 1. {ADVICE}"
+    ]
+
+
+def test_fewer_devices_than_an_earlier_trainer(ranks, tmp_path):
+    assert ranks(2).run(refuse_another_size, replace(FIT, devices=1), tmp_path) == [
+        "The Trainer asks for 1 processes (devices times num_nodes), but this one belongs to a group of 2: an earlier "
+        f"Trainer of this script has started 2. {ADVICE}",
+        "The Trainer asks for devices=1, but this process is rank 1 of its machine: an earlier Trainer of this script "
+        f"has started more. {ADVICE}",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("device", "backend", "words"),
+    [
+        ("mps", None, "The Trainer has chosen the accelerator 'mps', between whose devices torch exchanges nothing;"),
+        ("cuda", "gloo", "process_group_backend='gloo' does not serve the device 'cuda': expected one of 'nccl', "),
+        ("cpu", "nccl", "process_group_backend='nccl' does not serve the device 'cpu': expected one of 'gloo', "),
+    ],
+)
+def test_devices_that_cannot_exchange(device, backend, words):
+    strategy = ZeroStrategy(process_group_backend=backend, cluster_environment=LightningEnvironment())
+    strategy.parallel_devices = [torch.device(device)]
+    with pytest.raises(ConfigError) as caught:
+        strategy._configure_launcher()
+    assert str(caught.value).startswith(words)
+
+
+# ---- addresses
+
+
+def use_addresses(fit: Fit, folder: Path) -> list[str]:
+    """Give an address wherever a checkpoint's path is given; return what is said."""
+    keep = ModelCheckpoint("memory://bucket/kept")
+    said = [
+        refused(replace(fit, trainer={"callbacks": [keep], "enable_checkpointing": True}), folder, UnsupportedError)
+    ]
+    torch.manual_seed(0)
+    module, trainer = fit.module(**fit.arguments), make_trainer(fit, folder)
+    trainer.fit(module, *loaders(fit))
+    for use in (
+        lambda: trainer.save_checkpoint("memory://bucket/saved.ckpt"),
+        lambda: trainer.save_checkpoint(Path("s3://bucket/saved.ckpt")),
+        lambda: trainer.fit(module, *loaders(fit), ckpt_path="memory://bucket/saved.ckpt"),
+    ):
+        with pytest.raises(UnsupportedError) as caught:
+            use()
+        said.append(str(caught.value))
+    return said
+
+
+def test_addresses(ranks, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for found in ranks(2).run(use_addresses, FIT, tmp_path):
+        for words, key in zip(
+            found,
+            (
+                "ModelCheckpoint.dirpath (by default below Trainer.default_root_dir)=memory://bucket/kept",
+                "filepath=memory://bucket/saved.ckpt",
+                "filepath=s3:/bucket/saved.ckpt",
+                "ckpt_path=memory://bucket/saved.ckpt",
+            ),
+            strict=True,
+        ):
+            assert words == (
+                f"{key} is an address, but lit_zero reads and writes checkpoints on local or mounted file systems "
+                "only. Give a path of one, and copy checkpoints to and from the store yourself."
+            )
+    assert not [path for path in tmp_path.iterdir() if ":" in path.name]
+
+
+# ---- saving what does not belong together
+
+
+def save_another(fit: Fit, folder: Path) -> str:
+    torch.manual_seed(0)
+    module, trainer = fit.module(**fit.arguments), make_trainer(fit, folder)
+    trainer.fit(module, *loaders(fit))
+    trainer.validate(fit.module(**fit.arguments), loaders(fit)[1], verbose=False)
+    with pytest.raises(LitZeroError) as caught:
+        trainer.save_checkpoint(folder / "saved.ckpt")
+    trainer.save_checkpoint(folder / "weights.ckpt", weights_only=True)
+    return str(caught.value)
+
+
+def test_saving_after_another_module_was_validated(ranks, tmp_path):
+    for found in ranks(2).run(save_another, FIT, tmp_path):
+        assert found == (
+            "The Trainer still holds the SGD of an earlier fit, but has run another module since, whose weights it "
+            "would be saved with. Save right after fit, or with weights_only=True."
+        )
+    assert [path.name for path in tmp_path.glob("*.ckpt")] == ["weights.ckpt"]
 
 
 # ---- a loss that is no number

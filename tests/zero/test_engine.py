@@ -18,7 +18,6 @@ from lit_zero.core.errors import LitZeroError
 from lit_zero.precision import Lowering
 from lit_zero.zero import Zero
 from lit_zero.zero.engine import Engine
-from tests.pool import RankFailure
 from tests.zero.harness import BATCH, GPT, Run, adamw, momentum, tokens
 
 STAGES = ("none", "stage1", "stage2", "stage3")
@@ -231,15 +230,23 @@ def test_a_batch_that_fails_everywhere_can_be_left_out(ranks, stage, where, when
         assert apart < 1e-10
 
 
-def sparse_gradient() -> None:
+def sparse_gradient() -> torch.Tensor:
+    torch.manual_seed(0)
     model = nn.Embedding(7, 3, sparse=True)
     engine = engine_on(model, torch.optim.SGD(model.parameters(), lr=0.1), stage="stage2")
-    engine.backward(model(torch.tensor([1, 2])).sum())
+    engine.backward(model(torch.tensor([1, engine.exchange.rank])).sum())
+    engine.step()
+    engine.detach()
+    return model.weight.detach().clone()
 
 
-def test_sparse_gradients_are_refused(ranks):
-    with pytest.raises(RankFailure, match="The gradient of 'weight' is sparse; lit_zero reduces dense gradients"):
-        ranks(2).run(sparse_gradient)
+def test_sparse_gradients_are_made_dense(ranks):
+    torch.manual_seed(0)
+    expected = nn.Embedding(7, 3).weight.detach().clone()
+    expected[0] -= 0.1 * 0.5
+    expected[1] -= 0.1 * 1.5
+    for weight in ranks(2).run(sparse_gradient):
+        torch.testing.assert_close(weight, expected)
 
 
 def foreign_parameter() -> str:

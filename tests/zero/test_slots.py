@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from lit_zero.zero import Zero
 from tests.pool import RankFailure
@@ -187,6 +189,28 @@ class EarlyAndLate(Model):
         return x + sum(kept)
 
 
+class Recomputed(Model):
+    """Blocks without a checkpoint, with a reentrant one and with the other kind follow one another."""
+
+    def trunk(self, x: torch.Tensor) -> torch.Tensor:
+        context = torch.sin(x)
+        for number, block in enumerate(self.blocks):
+            run = partial(checkpoint, block, use_reentrant=number % 3 == 1) if number % 3 else block
+            x = run(x, context)
+        return x
+
+
+class RecomputedInside(Model):
+    """A block recomputes a part of itself in a backward of its own."""
+
+    class part(Part):
+        def forward(self, x: torch.Tensor, context: Any = 0.0) -> torch.Tensor:
+            return super().forward(checkpoint(self.inner, x, use_reentrant=True), context)
+
+        def inner(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.tanh(self.down(torch.tanh(self.key(x))))
+
+
 MODELS = [
     Model,
     Leaf,
@@ -198,6 +222,8 @@ MODELS = [
     Captured,
     Twins,
     EarlyAndLate,
+    Recomputed,
+    RecomputedInside,
 ]
 ZEROS = {
     "none": Zero("none"),

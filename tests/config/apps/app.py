@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 
 import torch
@@ -22,13 +23,18 @@ def app(cfg: DictConfig) -> float:
     before_fit(cfg.failure)
     trainer = instantiate(cfg.trainer, strategy=instantiate(cfg.strategy))
     model = Tiny(cfg.lr, cfg.failure)
+    begin = time.monotonic()
     trainer.fit(model, data())
+    seconds = time.monotonic() - begin
+    held = dict(trainer.strategy.engine.model_state_bytes())
     loss = trainer.validate(model, data(), verbose=False)[0]["loss"]
     folder = Path(HydraConfig.get().runtime.output_dir)
     seen = {
         "pid": os.getpid(),
         "world_size": trainer.world_size,
         "group_size": torch.distributed.get_world_size(),
+        "stage": trainer.strategy.zero.stage,
+        "lr": model.lr,
         "steps": trainer.global_step,
         "loss": loss,
         "threads": torch.get_num_threads(),
@@ -36,7 +42,13 @@ def app(cfg: DictConfig) -> float:
     }
     (folder / f"seen{trainer.global_rank}.json").write_text(json.dumps(seen))
     if trainer.is_global_zero:
-        write_result(folder, {"val_loss": loss, "state_bytes_per_rank": 3 * 2**20})
+        result = {
+            "val_loss": loss,
+            "buffer_bytes_per_rank": held.pop("slots"),
+            "state_bytes_per_rank": sum(held.values()),
+            "tokens_per_second": 8 * trainer.global_step * trainer.world_size / seconds,
+        }
+        write_result(folder, result)
     return float(loss)
 
 

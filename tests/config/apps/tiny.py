@@ -34,12 +34,13 @@ class Tiny(pl.LightningModule):
         self.log("loss", self.layers(batch[0]).square().mean(), sync_dist=True)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=self.lr)
+        return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
 
     def _fail(self) -> None:
         rank, failure = self.global_rank, self.failure
+        print(f"{failure} on {self.trainer.world_size} ranks: the time is {time.time()}", flush=True)
         if failure == "all_raise":
-            raise ValueError("every rank finds the same mistake")
+            raise ValueError(f"every rank finds the same mistake, and this is rank {rank}")
         if rank == 1 and failure in ("rank1_raises", "rank0_sleeps", "rank0_is_stuck"):
             raise ValueError("rank 1 alone finds a mistake")
         if rank == 1 and failure == "rank1_is_killed":

@@ -1,0 +1,59 @@
+"""The gradient norm of an engine, and clipping by norm or value."""
+
+from __future__ import annotations
+
+import torch
+
+from lit_zero.comm.exchange import Exchange
+from lit_zero.core.errors import LitZeroError
+from lit_zero.zero.binding import Binding
+from lit_zero.zero.norms import grad_norm, scale_to_norm
+
+
+class Clipping:
+    """What can be asked of, and done to, the reduced gradients between a backward and its step.
+
+    Attributes:
+        bindings: what stands for each optimizer.
+        exchange: the ranks.
+        device: where gradients lie.
+    """
+
+    bindings: list[Binding]
+    exchange: Exchange
+    device: torch.device
+
+    def bindings_of(self, optimizer: torch.optim.Optimizer | None) -> list[Binding]:
+        """Return what stands for ``optimizer``, in a list; for ``None`` all.
+
+        Raises:
+            LitZeroError: if it is not one of those that the engine was built on.
+        """
+        found = [binding for binding in self.bindings if optimizer is None or binding.optimizer is optimizer]
+        if optimizer is not None and not found:
+            raise LitZeroError(
+                f"This {type(optimizer).__name__} is not one of the optimizers that configure_optimizers returned."
+            )
+        return found
+
+    def grad_norm(self, norm_type: float = 2.0, optimizer: torch.optim.Optimizer | None = None) -> torch.Tensor:
+        """Return the norm of the reduced gradients of one optimizer, or of all, over all their parameters and ranks,
+        see ``norms.grad_norm``.
+        """
+        return grad_norm(self.bindings_of(optimizer), self.exchange, self.device, norm_type)
+
+    def clip_grad_norm(
+        self, max_norm: float, norm_type: float = 2.0, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.Tensor:
+        """Scale the gradients of one optimizer, or of all, so that their norm is at most ``max_norm``; return the norm
+        before.
+        """
+        norm = self.grad_norm(norm_type, optimizer)
+        scale_to_norm(self.bindings_of(optimizer), norm, max_norm)
+        return norm
+
+    def clip_grad_value(self, max_value: float, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Clamp every gradient element of one optimizer, or of all, to ``[-max_value, max_value]``."""
+        for binding in self.bindings_of(optimizer):
+            for grad in binding.grads():
+                grad.clamp_(-max_value, max_value)

@@ -1,0 +1,58 @@
+"""What an optimizer holds in place of parameters: runs of flat masters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lit_zero.zero.lane import Lane
+from lit_zero.zero.policy import Placement
+
+
+@dataclass(eq=False)
+class Segment:
+    """A run of one lane's master that one parameter group updates.
+
+    Attributes:
+        lane: where it lies.
+        first: first element, counted from the start of the lane's master.
+        last: one past the last.
+        param: what the optimizer holds, a view of the master of shape ``[last - first]``.
+        copied: version of the gradient that was handed over, if it is a copy: what is done to it does not reach the
+            gradient that the next backward adds to.
+    """
+
+    lane: Lane
+    first: int
+    last: int
+    param: nn.Parameter
+    copied: int | None = None
+
+
+def is_live(lane: Lane, grad: torch.Tensor) -> bool:
+    """Return whether what is done to ``grad`` is done to all that the next backward will add to."""
+    whole = lane.row.optimizer is Placement.REPLICATE or lane.accumulated  # else only one rank's part of a sum to come
+    stored = [one.untyped_storage().data_ptr() for one in (lane.grad_full, lane.grad_own) if one is not None]
+    return whole and grad.untyped_storage().data_ptr() in stored
+
+
+def is_elementwise(value: Any, param: torch.Tensor) -> bool:
+    """Return whether an optimizer's state has an element for every element of ``param``."""
+    return isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape == param.shape
+
+
+def copied_value(value: Any) -> Any:
+    """Return a state of its own for another segment."""
+    return value.clone() if isinstance(value, torch.Tensor) else value
+
+
+def same_state(one: Any, other: Any) -> bool:
+    """Return whether two parameters' states, as ``Binding.describe`` gives them, have the same keys and numbers."""
+    if one is None or other is None:
+        return one is other
+    return (
+        one[0] == other[0] and one[1].keys() == other[1].keys() and all(bool(one[1][k] == other[1][k]) for k in one[1])
+    )

@@ -1,0 +1,299 @@
+"""Sweeps: every job runs its own configuration in its own processes, fails alone, and is run again only if it must.
+
+The sweeps are real: a program per sweep, processes per job. They run two at a time, before the first test looks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from tests.config.support import APPS, EXAMPLES, Finished, in_order, run
+
+STAGES = ("none", "stage1", "stage2", "stage3")
+SMALL = (
+    *("model.dim=32", "model.layers=1", "model.heads=2", "data.block_size=32", "data.vocab_size=256"),
+    *("data.val_fraction=0.2", "trainer.max_steps=2", "trainer.val_check_interval=2", "trainer.devices=1"),
+    *("callbacks.report.sample_tokens=3", "logger=none"),
+)
+OPTUNA = ("hydra/sweeper=optuna", "hydra.sweeper.n_jobs=1")
+LIGHT = ("-m", "x=1,2,3", "fails=2", "hydra.sweeper.max_batch_size=1")
+RESUME = "hydra.callbacks.sweep_table.resume=true"
+
+
+@dataclass
+class Sweep:
+    """A sweep that has ended: the program, and the sweep's folder."""
+
+    done: Finished
+    folder: Path
+
+    def seen(self, number: int) -> list[dict[str, Any]]:
+        """What each rank of a job saw, by rank."""
+        files = sorted((self.folder / str(number)).glob("seen*.json"))
+        assert [file.name for file in files] == [f"seen{rank}.json" for rank in range(len(files))]
+        return [json.loads(file.read_text()) for file in files]
+
+    def result(self, number: int) -> dict[str, Any]:
+        found = json.loads((self.folder / str(number) / "result.json").read_text())
+        assert isinstance(found, dict)
+        return found
+
+    def ended(self, number: int) -> float:
+        """When a job's result was complete, in seconds since the epoch."""
+        return (self.folder / str(number) / "result.json").stat().st_mtime
+
+    def table(self, jobs: int) -> str:
+        return self.done.output[self.done.output.rindex(f"{jobs} jobs in") :]
+
+
+def sweep(folder: Path, *arguments: str, script: Path = APPS / "app.py") -> Sweep:
+    done = run(script, "-m", f"hydra.sweep.dir={folder}/sweep", *arguments, cwd=folder, timeout=500)
+    return Sweep(done, folder / "sweep")
+
+
+def text_file(folder: Path) -> Path:
+    path = folder / "text.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog\n" * 200)
+    return path
+
+
+SWEEPS: dict[str, Callable[[Path], Sweep]] = {
+    "stages": lambda at: sweep(at, f"zero={','.join(STAGES)}", "trainer.devices=1,2", "lr=0.25"),
+    "failures": lambda at: sweep(at, "failure=rank0_is_killed,rank0_sleeps,rank1_raises,none"),
+    "joblib": lambda at: sweep(
+        at, "failure=rank1_is_killed,none", "trainer.devices=1,2", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"
+    ),
+    "submitit": lambda at: sweep(at, "trainer.devices=1,2", "hydra/launcher=submitit_local"),
+    "optuna": lambda at: sweep(at, *OPTUNA, "lr=interval(0.01,0.2)", "hydra.sweeper.n_trials=2"),
+    "search": lambda at: sweep(
+        at, *SMALL, "hparams_search=optuna", "hydra.sweeper.n_trials=1", "model.dim=32", f"data.path={text_file(at)}",
+        f"paths.cache_dir={at}/cache", script=EXAMPLES / "train.py",
+    ),
+    "half_done": lambda at: sweep(at, *LIGHT[1:], script=APPS / "light.py"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sweeps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Sweep]:
+    with ThreadPoolExecutor(2) as pool:
+        started = {name: pool.submit(start, tmp_path_factory.mktemp(name)) for name, start in SWEEPS.items()}
+        return {name: future.result() for name, future in started.items()}
+
+
+def test_sweep_of_stages_and_devices_ends_with_eight_correct_rows(sweeps: dict[str, Sweep]) -> None:
+    done = sweeps["stages"].done
+    assert done.code == 0, done.output
+    table = sweeps["stages"].table(8)
+    assert "all with lr=0.25" in table
+    jobs = [(stage, devices) for stage in STAGES for devices in (1, 2)]
+    for number, (stage, devices) in enumerate(jobs):
+        ranks, result = sweeps["stages"].seen(number), sweeps["stages"].result(number)
+        assert [(rank["stage"], rank["world_size"], rank["group_size"]) for rank in ranks] == [
+            (stage, devices, devices)
+        ] * devices
+        assert [rank["steps"] for rank in ranks] == [2] * devices
+        assert [rank["loss"] for rank in ranks] == [result["val_loss"]] * devices
+        size = result["state_bytes_per_rank"]
+        shown = f"{size:.0f} B" if size < 1024 else f"{size / 1024:.2f} KiB"
+        row = rf"zero={stage} trainer.devices={devices} +{result['val_loss']:.4f} +[\d,]+ +{shown} +\d+ s  completed"
+        assert re.search(rf"^ +{number}  {row}$", table, re.MULTILINE), f"{row}\n{table}"
+    # every batch is the same, so that all eight train the same: the stages bit by bit
+    losses = [sweeps["stages"].result(number)["val_loss"] for number in range(8)]
+    assert len(set(losses[1::2])) == 1
+    assert losses == pytest.approx([losses[0]] * 8, rel=1e-6)
+    states = [sweeps["stages"].result(number)["state_bytes_per_rank"] for number in range(8)]
+    assert states[7] < 0.7 * states[1], "stage3 on two ranks holds about half"
+
+
+def test_every_job_has_processes_of_its_own(sweeps: dict[str, Sweep]) -> None:
+    pids = [rank["pid"] for number in range(8) for rank in sweeps["stages"].seen(number)]
+    assert len(pids) == len(set(pids)) == 12
+
+
+def test_ranks_of_a_job_have_one_configuration(sweeps: dict[str, Sweep]) -> None:
+    for number in range(8):
+        configs = [rank["config"] for rank in sweeps["stages"].seen(number)]
+        assert all(config == configs[0] for config in configs)
+        assert configs[0]["trainer"]["devices"] == len(configs)
+        assert (configs[0]["lr"], configs[0]["number"]) == (0.25, number)
+        assert configs[0]["sweep"] == str(sweeps["stages"].folder)
+
+
+def test_ranks_share_the_threads_that_one_process_has(sweeps: dict[str, Sweep]) -> None:
+    alone = sweeps["stages"].seen(0)[0]["threads"]
+    assert [rank["threads"] for rank in sweeps["stages"].seen(1)] == [max(1, alone // 2)] * 2
+
+
+def test_files_of_a_sweep(sweeps: dict[str, Sweep]) -> None:
+    folder = sweeps["stages"].folder
+    overrides = (folder / "1" / ".hydra" / "overrides.yaml").read_text()
+    assert overrides == "- zero=none\n- trainer.devices=2\n- lr=0.25\n"
+    files = {file.name for file in folder.iterdir()} - set("01234567")
+    assert files == {"multirun.yaml", "results.csv", "results.md", "results.svg"}
+    assert sorted(file.name for file in (folder / "1").glob("*.log")) == ["app.log", "app_rank1.log"]
+    assert len((folder / "results.md").read_text().splitlines()) == 10
+    picture = ElementTree.parse(folder / "results.svg")
+    words = [each.text for each in picture.iter("{http://www.w3.org/2000/svg}text")]
+    assert [word for word in words if word and "zero=" in word] == [
+        f"{number}  zero={STAGES[number // 2]} trainer.devices={number % 2 + 1}" for number in range(8)
+    ]
+
+
+def test_failed_jobs_do_not_touch_the_others(sweeps: dict[str, Sweep]) -> None:
+    failures = sweeps["failures"]
+    assert failures.done.code == 1
+    assert [rank["steps"] for rank in failures.seen(3)] == [2, 2]
+    assert [failures.result(number)["status"] for number in range(4)] == ["failed", "failed", "failed", "completed"]
+
+
+def test_job_whose_rank_dies_ends_within_30_seconds(sweeps: dict[str, Sweep]) -> None:
+    for name, failed in (("failures", (0, 1, 2)), ("joblib", (1,))):
+        for number in failed:
+            failure = sweeps[name].result(number)["overrides"][0].removeprefix("failure=")
+            times = re.findall(rf"{failure} on 2 ranks: the time is (\d+\.\d+)", sweeps[name].done.output)
+            assert 0 < sweeps[name].ended(number) - float(max(times)) < 30
+
+
+def test_failed_jobs_are_rows_of_the_table(sweeps: dict[str, Sweep]) -> None:
+    table = sweeps["failures"].table(4)
+    assert in_order(
+        table,
+        [
+            "failure=rank0_is_killed         -",
+            "FAILED rank 0 ended with SIGKILL, as when memory runs out; its own output above may say",
+            "FAILED rank 1 of 2 failed with ValueError: rank 1 alone finds a mistake\n",
+            "FAILED rank 1 of 2 failed with ValueError: rank 1 alone finds a mistake\n",
+            "completed\n3 of 4 jobs were not completed: 0, 1, 2.\nTo run what is missing, repeat the command with ",
+            f"hydra.sweep.dir={sweeps['failures'].folder} {RESUME}\n",
+        ],
+    ), table
+
+
+def test_failure_is_told_when_it_happens(sweeps: dict[str, Sweep]) -> None:
+    assert in_order(
+        sweeps["failures"].done.output,
+        [
+            "lit_zero: job 0 (failure=rank0_is_killed) has failed, the sweep goes on. rank 0 ended with SIGKILL",
+            "Error executing job with overrides: ['failure=rank1_raises']",
+            "The traceback of rank 1:",
+            "in _fail",
+            "lit_zero: job 2 (failure=rank1_raises) has failed, the sweep goes on. rank 1 of 2 failed with ValueError",
+            "4 jobs in",
+        ],
+    )
+    assert in_order(
+        sweeps["failures"].result(2)["error"],
+        ["rank 1 of 2 failed with ValueError", "The traceback of rank 1:", "ValueError: rank 1 alone finds a mistake"],
+    )
+
+
+@pytest.mark.parametrize("launcher", ["joblib", "submitit"])
+def test_jobs_at_the_same_time_in_worker_processes(sweeps: dict[str, Sweep], launcher: str) -> None:
+    at_once = sweeps[launcher]
+    jobs = {"joblib": [1, None, 1, 2], "submitit": [1, 2]}[launcher]  # ranks; the job that fails has none to show
+    assert at_once.done.code == jobs.count(None), at_once.done.output
+    for number, devices in enumerate(jobs):
+        assert at_once.result(number)["status"] == ("failed" if devices is None else "completed"), at_once.done.output
+        ranks = at_once.seen(number)
+        assert [rank["world_size"] for rank in ranks] == [devices] * len(ranks)
+        assert len(ranks) == (devices or 0)
+        assert all(rank["config"]["number"] == number for rank in ranks)
+        assert all(rank["config"] == ranks[0]["config"] for rank in ranks)
+    assert at_once.table(len(jobs)).count("completed\n") == len(jobs) - jobs.count(None)
+
+
+def test_ranks_of_an_unseeded_search_see_the_same_values(sweeps: dict[str, Sweep]) -> None:
+    assert sweeps["optuna"].done.code == 0, sweeps["optuna"].done.output
+    drawn = []
+    for number in range(2):
+        ranks = sweeps["optuna"].seen(number)
+        assert [rank["world_size"] for rank in ranks] == [2, 2]
+        assert ranks[0]["lr"] == ranks[1]["lr"] == ranks[0]["config"]["lr"] == ranks[1]["config"]["lr"]
+        assert f"lr={ranks[0]['lr']}" in sweeps["optuna"].result(number)["overrides"]
+        assert ranks[0]["loss"] == ranks[1]["loss"] == sweeps["optuna"].result(number)["returned"]
+        drawn.append(ranks[0]["lr"])
+    assert drawn[0] != drawn[1], "nothing was drawn"
+    best = (sweeps["optuna"].folder / "optimization_results.yaml").read_text()
+    assert f"best_value: {min(sweeps['optuna'].result(number)['returned'] for number in range(2))}\n" in best
+
+
+def test_search_of_the_main_job_minimizes_its_validation_loss(sweeps: dict[str, Sweep]) -> None:
+    search = sweeps["search"]
+    assert search.done.code == 0, search.done.output
+    result = search.result(0)
+    assert result["returned"] == result["val_loss"]
+    assert {line.split("=")[0] for line in result["overrides"]} >= {"optimizer.lr", "optimizer.weight_decay"}
+    best = (search.folder / "optimization_results.yaml").read_text()
+    assert f"best_value: {result['val_loss']}\n" in best
+
+
+def test_sweep_in_batches_goes_on_after_a_failure(sweeps: dict[str, Sweep]) -> None:
+    half_done = sweeps["half_done"]
+    assert half_done.done.code == 1
+    assert [half_done.result(number)["status"] for number in range(3)] == ["completed", "failed", "completed"]
+    assert half_done.table(3).count("FAILED ValueError: x=2 fails until mended is there\n") == 1
+
+
+def test_sweep_that_is_taken_up_again_runs_what_is_missing(sweeps: dict[str, Sweep]) -> None:
+    folder = sweeps["half_done"].folder
+    again = run(APPS / "light.py", *LIGHT, f"hydra.sweep.dir={folder}", RESUME, cwd=folder.parent)
+    assert again.code == 1, "it still fails"
+    (folder.parent / "mended").touch()
+    again = run(APPS / "light.py", *LIGHT, f"hydra.sweep.dir={folder}", RESUME, cwd=folder.parent)
+    assert again.code == 0, again.output
+    assert [len((folder / str(number) / "ran").read_text().splitlines()) for number in range(3)] == [1, 3, 1]
+    table = again.output[again.output.rindex("3 jobs in") :]
+    assert table.count("completed\n") == 3
+    assert "not completed" not in table
+    assert [sweeps["half_done"].result(number)["returned"] for number in range(3)] == [1.0, 4.0, 9.0]
+    other = run(APPS / "light.py", "-m", "x=1,3", "fails=2", f"hydra.sweep.dir={folder}", RESUME, cwd=folder.parent)
+    assert other.code == 1
+    assert in_order(other.output, [f"{RESUME} takes up the same sweep only: ", "'x=2 fails=2'", "is 'x=3 fails=2'"])
+    assert sweeps["half_done"].result(1)["status"] == "completed", "nothing was overwritten"
+
+
+@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGTERM])
+def test_end_of_a_sweep_is_the_end_of_its_job(tmp_path: Path, by: signal.Signals) -> None:
+    command = [sys.executable, str(APPS / "light.py"), "-m", "hangs=1", "x=1", f"hydra.sweep.dir={tmp_path}/sweep"]
+    with (tmp_path / "output").open("w") as output:
+        program = subprocess.Popen(command, cwd=tmp_path, stdout=output, stderr=output)
+    try:
+        mark = tmp_path / "sweep" / "0" / "hangs"
+        begin = time.monotonic()
+        while not mark.exists() or not mark.read_text():
+            assert program.poll() is None and time.monotonic() - begin < 300, (tmp_path / "output").read_text()
+            time.sleep(0.1)
+        program.send_signal(by)
+        code = program.wait(60)
+    finally:
+        program.kill()
+    assert code == (-by if by is signal.SIGKILL else 128 + by)
+    begin = time.monotonic()
+    for pid in map(int, mark.read_text().split()):
+        while _is_alive(pid):
+            assert time.monotonic() - begin < 30, f"process {pid} of the job is still there"
+            time.sleep(0.1)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    # a zombie that nobody has waited for: where no init process does
+    state = Path(f"/proc/{pid}/stat")
+    return not (state.exists() and state.read_text().rsplit(")", 1)[1].split()[0] == "Z")

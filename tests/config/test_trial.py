@@ -1,0 +1,178 @@
+"""What only the classes know that take a setting is known before the job: they are built on trial."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from lit_zero.config import validate
+from lit_zero.core.errors import ConfigError
+from tests.config.support import EXAMPLES, composed, refusal, run
+
+STAGE3 = ("trainer.devices=1", "zero=stage3")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["strategy.nonfinite_loss=skip"],
+            "strategy.nonfinite_loss='skip' is not known. Choose one of: error, ignore.",
+        ),
+        (["strategy.timeout=-1"], "strategy.timeout=-1 is not valid: expected seconds, more than 0, or a timedelta."),
+        (["+strategy.tiemout=3"], "strategy: "),
+        (["trainer.accelerator=tpux"], "trainer: You selected an invalid accelerator name: `accelerator='tpux'`."),
+        (["trainer.limit_val_batches=1.5"], "trainer: You have passed invalid value 1.5 for limit_val_batches, it has"),
+        (
+            ["trainer.gradient_clip_val=-1"],
+            "trainer.gradient_clip_val=-1.0 is not valid: expected a number of at least 0",
+        ),
+        (["trainer.precision=8-true"], "trainer.precision=8-true has no precision group. Did you mean"),
+        (["model.dropout=3"], "model.dropout=3.0 is not a probability: expected 0 <= dropout < 1."),
+        (["optimizer.betas=[0.9,2]"], "optimizer: Invalid beta parameter at index 1: 2.0"),
+        (["optimizer.eps=-1"], "optimizer: Invalid epsilon value: -1.0"),
+        (["optimizer=sgd", "optimizer.momentum=-1"], "optimizer: Invalid momentum value: -1.0"),
+        (["+optimizer.amsgrd=true"], "optimizer: "),
+        (["scheduler=constant", "scheduler.factor=7"], "scheduler: Constant multiplicative factor expected to be"),
+        (["scheduler.warmup_steps=-1"], "scheduler.warmup_steps=-1 is not valid: expected a number of at least 0."),
+        (["data.vocab_size=100"], "data.vocab_size=100 is not possible: expected 256 (one token per byte) to 65,536."),
+        (["data.val_fraction=2"], "data.val_fraction=2.0 is not possible: expected a number between 0 and 1."),
+        (["data.num_workers=-1"], "data.num_workers=-1 is not valid: expected a number of at least 0."),
+        (["data.path=s3://bucket/text"], "data.path=s3://bucket/text does not exist: expected a text file or a folder"),
+        (
+            ["zero.units=[Blok]"],
+            "zero.units names 'Blok', but no module of that class or name exists. Did you mean 'Block'",
+        ),
+        (["callbacks.model_checkpoint.mode=up"], "callbacks.model_checkpoint: `mode` can be "),
+        (
+            ["callbacks.model_checkpoint.monitor=val_los"],
+            "callbacks.model_checkpoint.monitor='val_los' is not known. Did you mean 'val_loss'?",
+        ),
+        (
+            ["callbacks.model_checkpoint.dirpath=s3://bucket"],
+            "callbacks.model_checkpoint.dirpath=s3://bucket is an address",
+        ),
+        (["optimized_metric=val_los"], "optimized_metric='val_los' is not known. Did you mean 'val_loss'?"),
+        (
+            ["trainer.limit_val_batches=0"],
+            "optimized_metric=val_loss is not measured with trainer.limit_val_batches=0. Set "
+            "optimized_metric=train_loss or optimized_metric=null, or raise trainer.limit_val_batches.",
+        ),
+        (
+            ["trainer.limit_val_batches=0", "optimized_metric=null"],
+            "callbacks.model_checkpoint.monitor=val_loss is not measured with trainer.limit_val_batches=0.",
+        ),
+        (
+            ["zero.accumulate=hold"],
+            "zero.accumulate=hold has no effect with trainer.accumulate_grad_batches=1: a step has one micro-batch. "
+            "Remove zero.accumulate, or raise trainer.accumulate_grad_batches.",
+        ),
+        (
+            [*STAGE3, "zero.slots=3"],
+            "zero.slots=3 has no effect with trainer.devices=1: one process exchanges nothing. Remove zero.slots, or "
+            "raise trainer.devices.",
+        ),
+        ([*STAGE3, "zero.poison=true"], "zero.poison=true has no effect with trainer.devices=1"),
+        (["trainer.devices=1", "comm=plain"], "comm.overlap=false has no effect with trainer.devices=1"),
+        (["ckpt_path=s3://bucket/x.ckpt"], "ckpt_path=s3://bucket/x.ckpt is an address, but lit_zero reads and writes"),
+    ],
+)
+def test_refusal_says_what_is_wrong(arguments: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        validate(composed(*arguments))
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_folder_of_a_job_that_is_not_yet_known_stops_no_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = refusal(monkeypatch, "callbacks.model_checkpoint.mode=up")
+    assert said is not None and said.startswith("callbacks.model_checkpoint: `mode` can be min, max but got up")
+
+
+@pytest.mark.parametrize(("flags", "key"), [([], "hydra.run.dir"), (["-m"], "hydra.sweep.dir")])
+def test_the_last_checkpoint_of_a_new_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: list[str], key: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert refusal(monkeypatch, *flags, "ckpt_path=last") == (
+        f"ckpt_path=last is looked for in this job's own output folder, which is new: its name, {key}, holds the time, "
+        f"so nothing would be loaded. Name a checkpoint, or the folder of the job to go on with: {key}=FOLDER."
+    )
+    if not flags:
+        assert refusal(monkeypatch, "ckpt_path=last", f"{key}=there") is None
+
+
+SCHEDULED = "{_target_: lightning.pytorch.callbacks.GradientAccumulationScheduler, scheduling: {4: 2}}"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        list(STAGE3),
+        ["zero.accumulate=hold", "trainer.accumulate_grad_batches=2"],
+        ["zero.accumulate=hold", f"+callbacks.more={SCHEDULED}"],
+        ["trainer.limit_val_batches=0", "optimized_metric=null", "callbacks.model_checkpoint.monitor=null"],
+        ["callbacks=none", "logger=none", "scheduler=constant", "optimizer=sgd"],
+        ["+trainer.deterministic=true", "zero.units=[Block]"],
+    ],
+)
+def test_what_is_right_is_not_refused(arguments: list[str]) -> None:
+    validate(composed(*arguments))
+
+
+def test_a_trial_changes_nothing() -> None:
+    cfg = composed("+trainer.deterministic=true")
+    before = OmegaConf.to_yaml(cfg), torch.get_rng_state()
+    validate(cfg)
+    assert OmegaConf.to_yaml(cfg) == before[0]
+    assert torch.equal(torch.get_rng_state(), before[1])
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert logging.root.manager.disable == 0
+
+
+TORCHRUN = {
+    "TORCHELASTIC_RUN_ID": "x",
+    "WORLD_SIZE": "2",
+    "RANK": "0",
+    "LOCAL_RANK": "0",
+    "GROUP_RANK": "0",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29999",
+}
+
+
+@pytest.mark.parametrize(
+    ("variables", "starter"),
+    [(TORCHRUN, "torchrun"), ({"SLURM_STEP_NUM_TASKS": "2"}, "srun")],
+)
+def test_ranks_that_others_start_share_one_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variables: dict[str, str], starter: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert refusal(monkeypatch) == (
+        f"{starter} has started 2 processes, and each would make an output folder of its own: the name of the folder, "
+        "hydra.run.dir, holds the time. Give them one: hydra.run.dir=FOLDER."
+    )
+    assert refusal(monkeypatch, "hydra.run.dir=there") is None
+
+
+def test_the_main_job_without_validation(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog\n" * 200)
+    small = ["model.dim=16", "model.layers=1", "model.heads=2", "data.block_size=32", "data.vocab_size=256"]
+    places = [f"data.path={text}", f"paths.cache_dir={tmp_path}/cache", f"hydra.run.dir={tmp_path}/run"]
+    without = ["trainer.limit_val_batches=0", "optimized_metric=train_loss", "callbacks.model_checkpoint.monitor=null"]
+    short = ["trainer.devices=1", "trainer.max_steps=2", "callbacks.report.sample_tokens=3", "logger=none"]
+    done = run(EXAMPLES / "train.py", *small, *places, *without, *short, "data.val_fraction=0.2", cwd=tmp_path)
+    assert done.code == 0, done.output
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["status"] == "completed"
+    assert "train_loss" in result and "val_loss" not in result
