@@ -68,7 +68,7 @@ SCRIPT = """
             "world": trainer.world_size,
             "steps": trainer.global_step,
             "weights": {name: value.tolist() for name, value in weights.items()},
-            "strategy": type(trainer.strategy).__mro__[1].__module__,
+            "strategy": next(k.__module__ for k in type(trainer.strategy).__mro__ if k.__name__ == "ParallelStrategy"),
             "names": sorted(name for name in pl.strategies.StrategyRegistry if name.startswith("zero")),
         }
         if trainer.is_global_zero and strategy != "zero3":
