@@ -198,7 +198,8 @@ _NOTHING = torch.zeros(2, dtype=torch.float64, device="cpu")  # as many bytes as
 
 def empty_like(param: torch.Tensor) -> torch.Tensor:
     """Return a tensor on the host with ``param``'s shape and dtype and no memory: all its elements are one."""
-    return _NOTHING.view(param.dtype)[0].expand(param.shape)
+    nothing = _NOTHING.view(param.dtype)[0].expand(param.shape)
+    return nothing.data  # views of one tensor count their versions together
 
 
 def is_empty(param: torch.Tensor) -> bool:

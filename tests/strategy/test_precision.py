@@ -73,7 +73,7 @@ def state_bytes(trainer: pl.Trainer) -> dict[str, float]:
     ("mode", "accumulate", "parameter", "gradient", "master"),
     [
         ("32-true", 1, 4, 4, 4),
-        ("bf16-mixed", 1, 2, 2, 4),
+        ("bf16-mixed", 1, 2, 4, 4),
         ("bf16-mixed", 2, 2, 4, 4),
         ("bf16-true", 1, 2, 2, 2),
     ],
