@@ -43,6 +43,9 @@ class Graphs:
     def __init__(self) -> None:
         self.modules: list[torch.fx.GraphModule] = []
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Graphs:
+        return self  # Fabric compiles a module once more with a copy of the arguments
+
     def __call__(self, module: torch.fx.GraphModule, inputs: Any, **_: Any) -> Any:
         self.modules.append(module)
         return aot_eager(module, inputs)
