@@ -211,7 +211,9 @@ class FabricZeroStrategy(Ranked, fabric_strategies.ParallelStrategy):
     # "wraps": Fabric forbids loss.backward() and torch.autograd.grad where a strategy has a backward of its own. They
     # work here, except with a loss scaler, and then Fabric forbids them on the scaler's behalf.
     @functools.wraps(fabric_strategies.Strategy.backward)
-    def backward(self, tensor: torch.Tensor, module: nn.Module | None, *args: Any, **kwargs: Any) -> None:
+    def backward(  # type: ignore[override]
+        self, tensor: torch.Tensor, module: nn.Module | None, *args: Any, **kwargs: Any
+    ) -> None:
         """Run a backward and leave the reduced gradients with the optimizers [Note: whose backward]."""
         if self._nonfinite_loss == "error" and getattr(self.precision, "scaler", None) is None and tensor.numel() == 1:
             value = float(tensor.detach())

@@ -99,9 +99,7 @@ class ZeroStrategy(BecomesFabric, Loading, Talking):
         self._remember(locals())
         new_job()
         super().__init__(evaluation, **kwargs)
-        self._settle(
-            zero, precision, comm, checkpoint, nonfinite_loss, nonfinite_norm, timeout, process_group_backend
-        )
+        self._settle(zero, precision, comm, checkpoint, nonfinite_loss, nonfinite_norm, timeout, process_group_backend)
         check_choice("start_method", start_method, ("popen", "spawn", "fork", "forkserver"))
         self._start_method = start_method
         self._engine: Engine | None = None

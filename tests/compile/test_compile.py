@@ -137,7 +137,8 @@ FIT = Fit(epochs=1, module=Quiet)
 @pytest.mark.parametrize("way", ["whole", *BLOCKS])
 def test_same_losses_and_one_graph_for_a_block(ranks, tmp_path, way):
     alone = plain(FIT, tmp_path / "plain")
-    fits = [(replace(FIT, zero={"zero": stage}, devices=2), way) for stage in STAGES]
+    stages = STAGES if way == "forward" else ("none", "stage3")  # compiling takes seconds
+    fits = [(replace(FIT, zero={"zero": stage}, devices=2), way) for stage in stages]
     results = ranks(2).run(fit_all, fits, tmp_path, timeout=240)[0]
     for result, graphs in results:
         weights = {name.replace("_orig_mod.", ""): value for name, value in result.weights.items()}
