@@ -20,7 +20,7 @@ import torch
 
 from lit_zero.checkpoint.dcp import Place
 from lit_zero.checkpoint.files import write_file_atomic
-from lit_zero.checkpoint.sharded import WEIGHTS, ShardedCheckpoint
+from lit_zero.checkpoint.sharded import KEYS, WEIGHTS, ShardedCheckpoint
 from lit_zero.comm.world import World
 from lit_zero.core.errors import CheckpointError, ConfigError
 
@@ -40,7 +40,8 @@ def consolidate(
     """Write a sharded checkpoint as one file that opens without lit_zero.
 
     ``.ckpt`` (``.pt``, ``.pth``) becomes a plain Lightning checkpoint with optimizer states, schedulers and loops, as a
-    single-device run would have saved it; a tied parameter is stored once and found under all its names.
+    single-device run would have saved it; a tied parameter is stored once and found under all its names. What Fabric
+    has saved gets the keys it was saved with.
     ``.safetensors`` holds the weights and buffers alone; there a tied parameter is stored under each of its names.
 
     Args:
@@ -67,11 +68,20 @@ def consolidate(
     checkpoint = ShardedCheckpoint(source, World(), weights_only)
     reader = _Reader(checkpoint, target, progress)
     if save_file is None:
-        content = {**reader.further(checkpoint.extras()), **reader.weights(), **reader.optimizers()}
+        content = _named({**reader.further(checkpoint.extras()), **reader.weights(), **reader.optimizers()})
         write_file_atomic(target, lambda file: torch.save(content, file))
     else:
         tensors = reader.separate_weights()
         write_file_atomic(target, lambda file: save_file(tensors, file.name, {"format": "pt"}))
+
+
+def _named(content: dict[str, Any]) -> dict[str, Any]:
+    """Give the weights and the optimizers the names that the user has chosen for them, if any."""
+    keys = content.pop(KEYS, None)
+    if keys is not None:
+        content[keys["weights"]] = content.pop("state_dict")
+        content.update(zip(keys["optimizers"], content.pop("optimizer_states", []), strict=True))
+    return content
 
 
 def _safetensors_writer() -> Callable[..., None]:

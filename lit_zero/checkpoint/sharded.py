@@ -60,6 +60,9 @@ __all__ = ["OptimizerParts", "ShardedCheckpoint", "is_sharded", "save"]
 
 EXTRAS, STATE = "extras.pt", "state.pt"
 WEIGHTS: Place = ("state_dict",)
+# In the extras, if the user has chosen names for the parts: {"weights": name, "optimizers": [names]}. A Trainer's are
+# "state_dict" and "optimizer_states".
+KEYS = "lit_zero.keys"
 
 
 class _Written(NamedTuple):

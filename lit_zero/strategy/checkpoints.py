@@ -32,6 +32,10 @@ from lit_zero.zero.policy import Placement
 from lit_zero.zero.rewriting import rewriting
 
 _OPTIMIZERS, _WEIGHTS = "optimizer_states", "state_dict"
+_ADVICE = (
+    "Save with trainer.save_checkpoint(path), get the weights with trainer.strategy.full_state_dict() on all ranks, "
+    "and load weights before setup (in __init__ or configure_model) or through ckpt_path."
+)
 
 
 class Checkpoints:
@@ -40,10 +44,11 @@ class Checkpoints:
     Args:
         policy: the user's choice of format for writing; both are read.
         module: the LightningModule.
+        advice: what to do instead of ``module.state_dict()``, for the message.
     """
 
-    def __init__(self, policy: Checkpoint, module: nn.Module) -> None:
-        self._policy, self._module = policy, module
+    def __init__(self, policy: Checkpoint, module: nn.Module, advice: str = _ADVICE) -> None:
+        self._policy, self._module, self._advice = policy, module, advice
         self._engine: Engine | None = None
         self._opened: sharded.ShardedCheckpoint | None = None
         self._path: Any = None
@@ -82,7 +87,7 @@ class Checkpoints:
             pieces: this rank's part of what stands in place of the parameters.
             others: what stands in place of other entries, by name; where there is none, the module's own value does.
         """
-        entries = self._entries()
+        entries = self.entries()
         rest = {key: others.get(key, value) for key, value in entries.others.items()}
         if self._policy.format == "sharded":
             return ShardedWeights(rest, entries.pieces(pieces))
@@ -92,7 +97,7 @@ class Checkpoints:
         """Return the module's whole state dict on rank 0, ``{}`` on the others, in either format. All ranks must call
         this.
         """
-        entries = self._entries()
+        entries = self.entries()
         return self._collected(entries, self.engine.parameter_pieces(), entries.others)
 
     def _collected(self, entries: Entries, pieces: Sequence[Piece], rest: Mapping[str, Any]) -> dict[str, Any]:
@@ -107,9 +112,13 @@ class Checkpoints:
         """Return optimizer ``number``'s state dict as torch saves it: on rank 0 in the full format, empty in the
         sharded one.
         """
-        if self._policy.format == "sharded":
-            return {}
-        return full.collect_optimizer(self._parts(number), World())
+        return {} if self._policy.format == "sharded" else self.whole_optimizer(number)
+
+    def whole_optimizer(self, number: int) -> dict[str, Any]:
+        """Return optimizer ``number``'s state dict as torch saves it on rank 0, ``{}`` on the others, in either format.
+        All ranks must call this.
+        """
+        return full.collect_optimizer(self.parts(number), World())
 
     def save(self, checkpoint: dict[str, Any], path: Any) -> None:
         """Write what Lightning has put together.
@@ -121,7 +130,7 @@ class Checkpoints:
         if self._policy.format == "full":
             full.save(checkpoint, path, World())
             return
-        engine, entries = self.engine, self._entries()
+        engine, entries = self.engine, self.entries()
         extras, further = take_out({k: v for k, v in checkpoint.items() if k not in (_WEIGHTS, _OPTIMIZERS)})
         weights = checkpoint.get(_WEIGHTS, {})
         numbers = range(len(engine.bindings)) if _OPTIMIZERS in checkpoint else []
@@ -131,7 +140,7 @@ class Checkpoints:
             weights=mine,
             others=weights,
             aliases=entries.aliases,
-            optimizers=[self._parts(number) for number in numbers],
+            optimizers=[self.parts(number) for number in numbers],
             extras=extras,
             world=World(),
             further=further,
@@ -154,6 +163,15 @@ class Checkpoints:
         if self._opened.header.optimizers:
             found[_OPTIMIZERS] = [{}] * len(self._opened.header.optimizers)
         return found
+
+    def read_from(self, path: Any, opened: sharded.ShardedCheckpoint | None = None) -> None:
+        """Let what is loaded next come from ``opened``, or from the dictionaries that it is given.
+
+        Args:
+            path: the checkpoint, for messages.
+            opened: the checkpoint, if it is a sharded one.
+        """
+        self._path, self._opened = path, opened
 
     def load_weights(self, checkpoint: Mapping[str, Any], strict: bool) -> None:
         """Read the parameters and buffers, now or when the engine exists."""
@@ -187,7 +205,7 @@ class Checkpoints:
         Returns:
             The entries that are no parameters.
         """
-        entries = self._entries()
+        entries = self.entries()
         pieces, others, aliases = entries.pieces(pieces), list(entries.others), entries.aliases
         if isinstance(weights, StoredWeights):
             return weights.load_into(pieces, others=others, aliases=aliases, strict=strict)
@@ -206,25 +224,38 @@ class Checkpoints:
                 f"The checkpoint '{self._path}' holds {saved} optimizers, configure_optimizers returned {mine}."
             )
         for number in range(mine):
-            binding, saved_state = self.engine.bindings[number], checkpoint[_OPTIMIZERS][number]
-            self._refuse_another_optimizer(number, saved_state)
-            described = self._described(number, saved_state)
-            groups = saved_state["param_groups"] if self._opened is None else self._opened.param_groups(number)
-            check_groups(groups, binding.groups(), str(self._path or _OPTIMIZERS))
-            binding.load_groups(groups)  # first: flags such as fused say on which device a state belongs
-            binding.prepare_states(described)
-            states = self.engine.optimizer_pieces(number, described, whole_if_replicated=True)
-            parts = OptimizerParts(self._entries().states(states), binding.groups())
-            if self._opened is not None:
-                self._opened.load_optimizer(number, parts)
-            else:
-                full.load_optimizer_into(parts, saved_state, where=self._path or _OPTIMIZERS)
+            self.load_optimizer(number, checkpoint[_OPTIMIZERS][number], number)
 
-    def _refuse_another_optimizer(self, number: int, saved: Mapping[str, Any]) -> None:
+    def load_optimizer(self, number: int, saved: Mapping[str, Any], source: int) -> None:
+        """Read one optimizer's state and hyper-parameters.
+
+        Args:
+            number: which optimizer of this run.
+            saved: its whole state as torch saves it; not looked at where the checkpoint is a sharded one.
+            source: which optimizer of a sharded checkpoint.
+
+        Raises:
+            CheckpointError: if the checkpoint holds another optimizer, or other parameter groups.
+        """
+        binding = self.engine.bindings[number]
+        self._refuse_another_optimizer(number, saved, source)
+        described = self._described(number, saved, source)
+        groups = saved["param_groups"] if self._opened is None else self._opened.param_groups(source)
+        check_groups(groups, binding.groups(), str(self._path or _OPTIMIZERS))
+        binding.load_groups(groups)  # first: flags such as fused say on which device a state belongs
+        binding.prepare_states(described)
+        states = self.engine.optimizer_pieces(number, described, whole_if_replicated=True)
+        parts = OptimizerParts(self.entries().states(states), binding.groups())
+        if self._opened is not None:
+            self._opened.load_optimizer(source, parts)
+        else:
+            full.load_optimizer_into(parts, saved, where=self._path or _OPTIMIZERS)
+
+    def _refuse_another_optimizer(self, number: int, saved: Mapping[str, Any], source: int) -> None:
         """Check that the checkpoint has every number that the optimizer is steered by. Flags may be missing: torch has
         added some over time.
         """
-        groups = saved.get("param_groups", []) if self._opened is None else self._opened.param_groups(number)
+        groups = saved.get("param_groups", []) if self._opened is None else self._opened.param_groups(source)
         optimizer = self.engine.bindings[number].optimizer
         wanted = {key for key, value in optimizer.defaults.items() if value is not None and not isinstance(value, bool)}
         missing = sorted(wanted.difference(*groups)) if groups else []
@@ -234,13 +265,13 @@ class Checkpoints:
                 f"{', '.join(missing)}. Use the optimizer that wrote the checkpoint, or load only its weights."
             )
 
-    def _described(self, number: int, saved: Mapping[str, Any]) -> dict[str, Any]:
+    def _described(self, number: int, saved: Mapping[str, Any], source: int) -> dict[str, Any]:
         """Return ``{parameter: ({tensor key: dtype}, {scalar key: value})}`` of what a checkpoint holds."""
         if self._opened is not None:
-            scalars, opened, sources = self._opened.scalars(number), self._opened, self._entries().sources
+            scalars, opened, sources = self._opened.scalars(source), self._opened, self.entries().sources
             return {
-                sources.get(name, name): ({key: opened.state_dtype(number, name, key) for key in keys}, scalars[name])
-                for name, keys in opened.optimizer_keys(number).items()
+                sources.get(name, name): ({key: opened.state_dtype(source, name, key) for key in keys}, scalars[name])
+                for name, keys in opened.optimizer_keys(source).items()
                 if keys or scalars[name]
             }
         binding = self.engine.bindings[number]
@@ -262,14 +293,16 @@ class Checkpoints:
                 described[name] = (tensors, {key: value for key, value in state.items() if key not in tensors})
         return described
 
-    def _parts(self, number: int) -> OptimizerParts:
+    def parts(self, number: int) -> OptimizerParts:
+        """Return this rank's part of optimizer ``number``. All ranks must call this."""
         described = self.engine.describe_states(number, World().all_gather_object)
-        states = self._entries().states(self.engine.optimizer_pieces(number, described))
+        states = self.entries().states(self.engine.optimizer_pieces(number, described))
         return OptimizerParts(states, self.engine.bindings[number].groups())
 
     # ---- the module's own state_dict
 
-    def _entries(self) -> Entries:
+    def entries(self) -> Entries:
+        """Return the module's ``state_dict``, taken apart."""
         with self._unguarded():
             return entries_of(self._module, self.engine)
 
@@ -279,11 +312,7 @@ class Checkpoints:
         if not self._guarded or engine is None or Engine.of(self._module) is not engine:
             return
         if engine.row.parameter is Placement.SHARD or any(lane.lowered for lane in engine.lanes):
-            raise LitZeroError(
-                f"{doing} would see released or 2-byte parameters under this strategy. Save with "
-                "trainer.save_checkpoint(path), get the weights with trainer.strategy.full_state_dict() on all ranks, "
-                "and load weights before setup (in __init__ or configure_model) or through ckpt_path."
-            )
+            raise LitZeroError(f"{doing} would see released or 2-byte parameters under this strategy. {self._advice}")
         engine.wait_for_parameters()  # on their way since the last step: the other ranks need not be here
 
     @contextlib.contextmanager

@@ -2,7 +2,8 @@
 runs.
 
 The two ship the same classes twice, and a Trainer accepts only its own. ``lightning`` is taken unless it is missing, or
-unless the program has imported ``pytorch_lightning`` and not ``lightning``.
+unless the program has imported ``pytorch_lightning`` (or ``lightning_fabric``, which comes with it) and not
+``lightning``.
 """
 
 from __future__ import annotations
@@ -13,8 +14,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import lightning.fabric.plugins as fabric_plugins
+    import lightning.fabric.strategies as fabric_strategies
     import lightning.pytorch as pl
     from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment, TorchCheckpointIO
+    from lightning.fabric.strategies.strategy import (
+        _apply_filter,
+        _BackwardSyncControl,
+        _validate_keys_for_strict_loading,
+    )
     from lightning.fabric.utilities.data import _set_sampler_epoch
     from lightning.fabric.utilities.distributed import (
         DistributedSamplerWrapper,
@@ -27,7 +35,7 @@ if TYPE_CHECKING:
     from lightning.pytorch.callbacks import BasePredictionWriter
     from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSamplerWrapper, _IndexBatchSamplerWrapper
     from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
-    from lightning.pytorch.strategies import StrategyRegistry
+    from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
     from lightning.pytorch.strategies.launchers.multiprocessing import (
         _check_bad_cuda_fork,
         _check_missing_main_guard,
@@ -38,7 +46,11 @@ if TYPE_CHECKING:
     from lightning.pytorch.trainer.states import TrainerFn
     from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 else:
-    _other = "pytorch_lightning" in sys.modules and "lightning.pytorch" not in sys.modules
+    _other = ("pytorch_lightning" in sys.modules and "lightning.pytorch" not in sys.modules) or (
+        "lightning_fabric" in sys.modules
+        and "lightning" not in sys.modules
+        and importlib.util.find_spec("pytorch_lightning")
+    )
     if _other or importlib.util.find_spec("lightning") is None:
         _PL, _FABRIC = "pytorch_lightning", "lightning_fabric"
     else:
@@ -49,6 +61,10 @@ else:
         globals().update({name: getattr(found, name) for name in names})
 
     pl = import_module(_PL)
+    fabric_plugins, fabric_strategies = import_module(f"{_FABRIC}.plugins"), import_module(f"{_FABRIC}.strategies")
+    _take(
+        f"{_FABRIC}.strategies.strategy", "_apply_filter", "_BackwardSyncControl", "_validate_keys_for_strict_loading"
+    )
     _take(f"{_FABRIC}.plugins", "CheckpointIO", "ClusterEnvironment", "TorchCheckpointIO")
     _take(f"{_FABRIC}.utilities.data", "_set_sampler_epoch")
     _take(
@@ -63,7 +79,7 @@ else:
     _take(f"{_PL}.callbacks", "BasePredictionWriter")
     _take(f"{_PL}.overrides.distributed", "UnrepeatedDistributedSamplerWrapper", "_IndexBatchSamplerWrapper")
     _take(f"{_PL}.plugins.precision", "DoublePrecision", "HalfPrecision", "MixedPrecision", "Precision")
-    _take(f"{_PL}.strategies", "StrategyRegistry")
+    _take(f"{_PL}.strategies", "DDPStrategy", "StrategyRegistry")
     _take(
         f"{_PL}.strategies.launchers.multiprocessing",
         "_GlobalStateSnapshot",
@@ -80,6 +96,7 @@ __all__ = [
     "BasePredictionWriter",
     "CheckpointIO",
     "ClusterEnvironment",
+    "DDPStrategy",
     "DistributedSamplerWrapper",
     "DoublePrecision",
     "HalfPrecision",
@@ -90,15 +107,20 @@ __all__ = [
     "TorchCheckpointIO",
     "TrainerFn",
     "UnrepeatedDistributedSamplerWrapper",
+    "_BackwardSyncControl",
     "_GlobalStateSnapshot",
     "_IndexBatchSamplerWrapper",
     "_MultiProcessingLauncher",
+    "_apply_filter",
     "_check_bad_cuda_fork",
     "_check_missing_main_guard",
     "_init_dist_connection",
     "_set_sampler_epoch",
     "_sync_ddp_if_available",
+    "_validate_keys_for_strict_loading",
+    "fabric_plugins",
     "fabric_rank_zero_only",
+    "fabric_strategies",
     "pl",
     "rank_zero_only",
     "rank_zero_warn",

@@ -98,11 +98,22 @@ def over_shards(plugin: Precision, engine: Callable[[], Engine], strict: bool) -
     covered._engine, covered._strict = engine, strict
     scaler = getattr(plugin, "scaler", None)
     if scaler is not None:
-        covered.scaler = object.__new__(_AgreeingScaler)
-        covered.scaler.__dict__.update(vars(scaler))
-        covered.scaler._engine, covered.scaler.skipped = engine, {}
+        covered.scaler = agreeing_scaler(scaler, engine)
     result: Precision = covered
     return result
+
+
+def agreeing_scaler(scaler: torch.amp.GradScaler, engine: Callable[[], Engine]) -> torch.amp.GradScaler:
+    """Return a loss scaler that goes on from ``scaler`` and on which all ranks agree.
+
+    Args:
+        scaler: the user's, or the one that Lightning has made.
+        engine: returns an engine, once there is one, whose ranks are to agree.
+    """
+    agreeing = object.__new__(_AgreeingScaler)
+    agreeing.__dict__.update(vars(scaler))
+    agreeing._engine, agreeing.skipped = engine, {}
+    return agreeing
 
 
 def bare(optimizer: Any) -> torch.optim.Optimizer:
@@ -111,7 +122,7 @@ def bare(optimizer: Any) -> torch.optim.Optimizer:
     return inner
 
 
-def lowered_dtype(plugin: Precision) -> torch.dtype | None:
+def lowered_dtype(plugin: Any) -> torch.dtype | None:
     """Return the 2-byte dtype of a mixed mode, ``None`` for the others."""
     modes = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
     return modes.get(str(plugin.precision))

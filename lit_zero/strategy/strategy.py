@@ -12,24 +12,17 @@ from typing import Any, Literal
 import torch
 
 from lit_zero.checkpoint.policy import Checkpoint
-from lit_zero.comm import process_group
 from lit_zero.comm.batch_norm import serve_the_cpu
-from lit_zero.comm.meeting import open_store
 from lit_zero.comm.open import open_exchange
 from lit_zero.comm.policy import Comm
 from lit_zero.comm.roll_call import RollCall
 from lit_zero.core.errors import ConfigError, LitZeroError, check_choice
 from lit_zero.precision.policy import Lowering, Precision
-from lit_zero.strategy.arguments import duration, instance
 from lit_zero.strategy.averaging import StochasticOnShards, WeightAveragingOnShards
+from lit_zero.strategy.becoming import BecomesFabric
 from lit_zero.strategy.checkpoints import Checkpoints
 from lit_zero.strategy.finetuning import name_groups
-from lit_zero.strategy.flavour import (
-    TrainerFn,
-    _init_dist_connection,
-    pl,
-    reset_seed,
-)
+from lit_zero.strategy.flavour import TrainerFn, pl
 from lit_zero.strategy.launcher import new_job
 from lit_zero.strategy.layers import refuse_max_norm, refuse_norms_that_do_more, refuse_sparse_optimizers
 from lit_zero.strategy.loading import Loading
@@ -41,7 +34,6 @@ from lit_zero.strategy.processes import choose_launcher
 from lit_zero.strategy.pruning import PruningOnShards
 from lit_zero.strategy.refusals import (
     refuse_no_optimizer,
-    refuse_other_size,
     refuse_tensors_without_memory,
     refuse_unsupported,
 )
@@ -54,10 +46,11 @@ from lit_zero.zero.units import plan_units
 _CALLBACKS = (WeightAveragingOnShards, StochasticOnShards, PruningOnShards)
 
 
-class ZeroStrategy(Loading, Talking):
+class ZeroStrategy(BecomesFabric, Loading, Talking):
     """Trains a LightningModule with its model states sharded over the ranks; results equal those of one process.
 
     ``Trainer(strategy=ZeroStrategy("stage3"))``, or by name once lit_zero is imported: ``Trainer(strategy="zero3")``.
+    The same words work in Fabric, see :class:`~lit_zero.strategy.fabric.FabricZeroStrategy`.
 
     Args:
         zero: what is sharded: ``"none"``, ``"stage1"``, ``"stage2"``, ``"stage3"``, or a :class:`~lit_zero.zero.Zero`
@@ -103,21 +96,10 @@ class ZeroStrategy(Loading, Talking):
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
         **kwargs: Any,
     ) -> None:
+        self._remember(locals())
         new_job()
         super().__init__(evaluation, **kwargs)
-        self.zero = Zero(zero) if isinstance(zero, str) else instance("zero", zero, Zero)
-        self.precision_policy = instance("precision", precision or Precision(), Precision)
-        self.comm = instance("comm", comm or Comm(), Comm)
-        self.checkpoint_policy = (
-            Checkpoint(checkpoint) if isinstance(checkpoint, str) else instance("checkpoint", checkpoint, Checkpoint)
-        )
-        check_choice("nonfinite_loss", nonfinite_loss, ("error", "ignore"))
-        check_choice("nonfinite_norm", nonfinite_norm, ("error", "ignore"))
-        self._nonfinite_loss, self._nonfinite_norm = nonfinite_loss, nonfinite_norm
-        self.timeout = duration("timeout", timeout)
-        if process_group_backend is not None:
-            check_choice("process_group_backend", process_group_backend, ("gloo", "nccl", "cpu:gloo,cuda:nccl"))
-        self.backend = process_group_backend
+        self._settle(zero, precision, comm, checkpoint, nonfinite_loss, nonfinite_norm, timeout, process_group_backend)
         check_choice("start_method", start_method, ("popen", "spawn", "fork", "forkserver"))
         self._start_method = start_method
         self._engine: Engine | None = None
@@ -139,16 +121,6 @@ class ZeroStrategy(Loading, Talking):
     def setup_environment(self) -> None:
         """Join the process group."""
         super().setup_environment()
-        reset_seed()
-        self.set_world_ranks()
-        self.backend = self.backend or process_group.default_backend(self.root_device)
-        device = self.root_device if self.root_device.type != "cpu" else None
-        here = self.cluster_environment
-        assert here is not None
-        if not process_group.is_initialized():  # a second run goes on with the group of the first
-            store = open_store(here.main_address, here.main_port, here.global_rank(), self.timeout)
-            _init_dist_connection(here, self.backend, timeout=self.timeout, device_id=device, store=store)
-        refuse_other_size(process_group.size(), self.num_nodes * self.num_processes)
         self._roll_call = RollCall()
         trainer: Any = self.lightning_module.trainer if self.lightning_module is not None else None
         lay_over(self, trainer.callbacks, _CALLBACKS)

@@ -31,11 +31,12 @@ from lit_zero.zero.agreeing import Reach, SharedBuffers
 from lit_zero.zero.between import backward_is_running, when_over
 from lit_zero.zero.binding import Binding
 from lit_zero.zero.build import build_lanes, empty, fill_lanes, group_names, number_groups
+from lit_zero.zero.calls import UNTRACED
 from lit_zero.zero.clipping import Clipping
 from lit_zero.zero.gathering import Gatherer
 from lit_zero.zero.guarding import refuse_lost_changes
 from lit_zero.zero.hooks import Hooks
-from lit_zero.zero.lane import Lane, storage_bytes
+from lit_zero.zero.lane import Lane, ParamInfo, storage_bytes
 from lit_zero.zero.policy import Placement, Zero
 from lit_zero.zero.probe import is_shaped
 from lit_zero.zero.reducing import Reducer
@@ -146,16 +147,32 @@ class Engine(Clipping):
         refuse_lost_state(changed, self.lanes, self.bindings)
         for info in thawed:
             info.trainable = info.group >= 0
-        self._gatherer.settle()
-        self._reducer.give_back()
-        self._hooks.remove()
-        moving = {id(info) for info in (*changed, *thawed)}
-        for unit in self.units:
-            move(unit, moving, self._build_lanes, self.exchange)
+        self._move([*changed, *thawed])
         for binding, groups in zip(self.bindings, names, strict=True):
             binding.regroup(groups, self._trainable())
         self._assemble()
 
+    def add_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take in an optimizer that was made after the engine, before its first step. All ranks together.
+
+        Raises:
+            UnsupportedError: for a parameter that has an optimizer already, or an optimizer that cannot be sharded.
+        """
+        [groups] = group_names(self.model, [optimizer])
+        infos = [info for lane in self.lanes for info in lane.infos]
+        self._move(number_groups(infos, [*(binding.group_names for binding in self.bindings), groups]))
+        self.bindings.append(self._bind(optimizer, len(self.bindings), groups))
+        self._assemble()
+
+    def _move(self, changed: Sequence[ParamInfo]) -> None:
+        """Give parameters whose group is another now lanes of their own; ``_assemble`` comes next."""
+        self._gatherer.settle()
+        self._reducer.give_back()
+        self._hooks.remove()
+        for unit in self.units:
+            move(unit, {id(info) for info in changed}, self._build_lanes, self.exchange)
+
+    @torch.compiler.disable(reason=UNTRACED)
     def _before_model(self, *_: Any) -> None:
         self.begin_forward(share_buffers=torch.is_grad_enabled())  # one rank may sample from the model by itself
 

@@ -9,12 +9,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from lit_zero.core.errors import LitZeroError
 from lit_zero.core.nested import tensors_in
 from lit_zero.zero.between import backward_is_running, moment, present_backward, when_reached
+from lit_zero.zero.calls import Handle, around_forward
 from lit_zero.zero.gathering import Gatherer
 from lit_zero.zero.lane import Lane
 from lit_zero.zero.recurrent import KeptInPlace
@@ -37,7 +36,7 @@ class Hooks:
     ) -> None:
         self._gatherer, self._reducer, self._gradient_comes = gatherer, reducer, gradient_comes
         self._model = units[0].module
-        self._handles: list[RemovableHandle | KeptInPlace] = [KeptInPlace(self._model)]
+        self._handles: list[Handle] = [KeptInPlace(self._model)]
         for number, unit in enumerate(units):
             if number > 0:
                 self._hook_forward(unit)
@@ -56,15 +55,8 @@ class Hooks:
     # ---- forward
 
     def _hook_forward(self, unit: Unit) -> None:
-        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-            self._before_forward(unit, args, kwargs)
-
-        def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            self._after_forward(unit, args, kwargs, output)
-
-        self._handles.append(unit.module.register_forward_pre_hook(before, prepend=True, with_kwargs=True))
-        if unit.sharded:
-            self._handles.append(unit.module.register_forward_hook(after, with_kwargs=True))
+        after = partial(self._after_forward, unit) if unit.sharded else None
+        self._handles += around_forward(unit.module, partial(self._before_forward, unit), after)
 
     def _before_forward(self, unit: Unit, args: Any, kwargs: Any) -> None:
         if backward_is_running():  # a checkpointed segment runs again, inside the backward

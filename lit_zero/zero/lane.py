@@ -243,8 +243,11 @@ class Lane:
         self.landing = buffer
         self.landing_views = [] if buffer is None else self.views(buffer)
         if buffer is not None:
-            for first, last in self._gaps:  # a recycled buffer holds another unit's numbers; padding must stay zero
-                buffer[first:last].zero_()
+            self._zero_gaps(buffer)  # a recycled buffer holds another unit's numbers; padding must stay zero
+
+    def _zero_gaps(self, buffer: torch.Tensor) -> None:
+        for first, last in self._gaps:
+            buffer[first:last].zero_()
 
     def begin_backward(self, fresh: bool) -> None:
         """Prepare for a backward; ``fresh``: earlier gradients have been dropped, else the new ones are added to
@@ -254,6 +257,8 @@ class Lane:
         if fresh:
             self.accumulated = False
             self.filled, self.reached = bytearray(len(self.infos)), bytearray(len(self.infos))
+            if self.grad_full is not None:
+                self._zero_gaps(self.grad_full)  # clipping by a norm that is NaN has reached them too
         elif self.accumulated and self._in_place:
             self._carry = self._stored_grad().clone()
             self.accumulated = False
