@@ -174,7 +174,7 @@ def test_failed_jobs_are_rows_of_the_table(sweeps: dict[str, Sweep]) -> None:
         table,
         [
             "failure=rank0_is_killed         -",
-            "FAILED rank 0 ended with SIGKILL, as when memory runs out; its own output above may say",
+            "FAILED rank 0 ended with SIGKILL, as when memory runs out; its own output above may",
             "FAILED rank 1 of 2 failed with ValueError: rank 1 alone finds a mistake\n",
             "FAILED rank 1 of 2 failed with ValueError: rank 1 alone finds a mistake\n",
             "completed\n3 of 4 jobs were not completed: 0, 1, 2.\nTo run what is missing, repeat the command with ",
