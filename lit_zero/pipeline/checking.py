@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from lit_zero.core.errors import ConfigError
 from lit_zero.pipeline.actions import (
@@ -35,7 +35,7 @@ def check(schedule: Schedule, lists: Sequence[Steps] | None = None) -> None:
         lists: all that the ranks do, if not what ``lower`` makes of the schedule.
 
     Raises:
-        ConfigError: naming the first cell that is wrong: its rank, its place in the rank's list (from 0), its action,
+        ConfigError: naming the first cell that is wrong: its rank, its place in the rank's order (from 0), its action,
             and what it waits for.
     """
     check_complete(schedule)
@@ -43,7 +43,7 @@ def check(schedule: Schedule, lists: Sequence[Steps] | None = None) -> None:
 
 
 def check_complete(schedule: Schedule) -> None:
-    """Raise unless each stage runs each micro-batch once, forward then backward, on its own rank, and nothing else runs.
+    """Raise unless each stage runs each micro-batch once, forward then backward, on its own rank, and nothing else.
 
     Args:
         schedule: what to check.
@@ -109,7 +109,8 @@ def check_runs(schedule: Schedule, lists: Sequence[Steps]) -> None:
         lists: of all ranks; computations must be those of the schedule, in its order.
 
     Raises:
-        ConfigError: naming the step that breaks a rule, or all ranks that wait for ever and for what.
+        ConfigError: naming the step of the list (from 0) that breaks a rule, or all cells of the schedule that wait
+            for ever, and for what.
     """
     for rank, (order, steps) in enumerate(zip(schedule.orders, lists, strict=True)):
         if tuple(step for step in steps if isinstance(step, Compute)) != order:
@@ -138,11 +139,15 @@ class _Run:
         stuck = [rank for rank, steps in enumerate(self.lists) if self.at[rank] < len(steps)]
         if stuck:
             raise _broken(self.schedule, "deadlock: " + "; ".join(self.plea(rank) for rank in stuck))
-        for pair in self.sent.keys() | self.posted.keys():
-            for message, missing in self.unmatched(pair):
-                raise _broken(
-                    self.schedule, f"{message} from rank {pair[0]} to rank {pair[1]} is {missing}, and never the other"
-                )
+        for source, rank in self.sent.keys() | self.posted.keys():
+            sent, posted = Counter(self.sent[source, rank]), Counter(self.posted[source, rank])
+            for message in sent | posted:
+                if sent[message] != posted[message]:
+                    raise _broken(
+                        self.schedule,
+                        f"{message} from rank {source} to rank {rank} is sent {_times(sent[message])} and received "
+                        f"{_times(posted[message])}",
+                    )
 
     def step(self, rank: int) -> bool:
         """Do the next step of a rank; return whether it could be done now."""
@@ -160,8 +165,10 @@ class _Run:
 
     def transfer(self, rank: int, step: Transfer) -> bool:
         verb, message, peer = step
+        if not self.exists(message, *((rank, peer) if verb == SEND else (peer, rank))):
+            raise self.broken(rank, f"is no message that rank {peer} and this rank exchange that way")
         if verb == SEND:
-            if message not in self.here[rank] or self.schedule.placement[message.stage] != rank:
+            if message not in self.here[rank]:
                 raise self.broken(rank, f"sends {message}, which this rank has not made yet")
             self.meet(rank, self.sent[rank, peer], self.posted[rank, peer], message)
             return True
@@ -176,6 +183,14 @@ class _Run:
         self.here[rank].add(message)
         return True
 
+    def exists(self, message: Message, source: int, target: int) -> bool:
+        stages = range(self.schedule.stages)
+        known = (
+            message.stage in stages and message.target in stages and message.micro_batch < self.schedule.micro_batches
+        )
+        ranks = [self.schedule.placement[stage] for stage in (message.stage, message.target)] if known else []
+        return ranks == [source, target] and (message.kind == ACTIVATION or self.schedule.backward)
+
     def meet(self, rank: int, own: list[Message], other: list[Message], message: Message) -> None:
         """Add a message to one end of a channel; it must be what stands at the same place of the other end."""
         own.append(message)
@@ -184,29 +199,31 @@ class _Run:
                 rank, f"is number {len(own)} on its channel, but there the other rank has {other[len(own) - 1]}"
             )
 
-    def unmatched(self, pair: Pair) -> Iterator[tuple[Message, str]]:
-        sent, posted = Counter(self.sent[pair]), Counter(self.posted[pair])
-        yield from ((message, "sent") for message in sent - posted)
-        yield from ((message, "received") for message in posted - sent)
-
     def broken(self, rank: int, words: str) -> ConfigError:
-        return _broken(self.schedule, f"{_cell(rank, self.at[rank], self.lists[rank][self.at[rank]])} {words}")
+        at = self.at[rank]
+        return _broken(self.schedule, f"rank {rank}, step {at}, {self.lists[rank][at]} {words}")
 
     def plea(self, rank: int) -> str:
-        """Return what a rank that is stuck waits for, and where that stands."""
+        """Return which cell of the schedule a rank is stuck at, what it waits for, and where that stands."""
         step = self.lists[rank][self.at[rank]]
+        place = sum(isinstance(each, Compute) for each in self.lists[rank][: self.at[rank]])
+        action = self.schedule.orders[rank][place]
         message = taken(step, self.schedule.stages) if isinstance(step, Compute) else step.message
         assert message is not None  # only these wait
         home = self.schedule.placement[message.stage]
         kinds = (FORWARD,) if message.kind == ACTIVATION else (BACKWARD, INPUTS)
         makers = {Compute(kind, message.stage, message.micro_batch) for kind in kinds}
-        later = enumerate(self.lists[home])
-        found = next((f"place {place} of rank {home} ({each})" for place, each in later if each in makers), "nobody")
-        return f"{_cell(rank, self.at[rank], step)} waits for {message}, made at {found}"
+        maker = next(at for at, each in enumerate(self.schedule.orders[home]) if each in makers)
+        made = _cell(home, maker, self.schedule.orders[home][maker])
+        return f"{_cell(rank, place, action)} waits for {message} of {made}"
 
 
 def _cell(rank: int, place: int, step: object) -> str:
     return f"rank {rank}, place {place}, {step}"
+
+
+def _times(number: int) -> str:
+    return f"{number} time{'s' * (number != 1)}"
 
 
 def _broken(schedule: Schedule, words: str) -> ConfigError:

@@ -12,9 +12,9 @@ V share one, and nothing is sent. An executor walks a rank's list and does what 
 
 NCCL has no tags: between two ranks the first receive that is posted gets the first message that is sent. So the order
 of receives from a rank is taken from that rank's order of sends, and where they would be needed in another order the
-earlier message is posted earlier. And NCCL runs what shares a communicator one after the other: a receive that is posted
-ahead would hold up every send behind it. So each direction between two ranks needs a communicator of its own, from the
-lower to the higher rank and back; with these, no step but a wait ever blocks. gloo and MPI match by tag and need neither.
+earlier message is posted earlier. And NCCL runs what shares a communicator one after the other: a receive that is
+posted ahead would hold up every send behind it. So each direction between two ranks needs a communicator of its own;
+then no step but a wait ever blocks. gloo matches by tag and needs neither.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ It is data. It prints, and what it prints parses back::
     rank 0: F0.0 F0.1 B0.0 B0.1
     rank 1: F1.0 B1.0 F1.1 B1.1
 
-Nothing is said of communication: that follows (see ``lowering``). Nor is a schedule right because it exists: ``checking``
-proves it.
+Nothing is said of communication: that follows (see ``lowering``). Nor is a schedule right because it exists:
+``checking`` proves it.
 """
 
 from __future__ import annotations
@@ -103,11 +103,12 @@ class Schedule:
         Raises:
             ConfigError: naming the line or the word that cannot be read.
         """
-        head, *lines = [line.strip() for line in text.strip().splitlines()]
+        head, *lines = [line.strip() for line in text.strip().splitlines() or [""]]
         found = _HEAD.fullmatch(head)
         if not found:
             raise ConfigError(
-                f"A pipeline schedule starts with a line such as '1f1b: 8 micro-batches, stages on ranks 0 1', not {head!r}."
+                "A pipeline schedule starts with a line such as '1f1b: 8 micro-batches, stages on ranks 0 1', not "
+                f"{head!r}."
             )
         orders = []
         for rank, line in enumerate(lines):

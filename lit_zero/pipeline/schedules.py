@@ -34,14 +34,15 @@ class Recipe:
 
 
 def _fill(p: int, v: int, m: int, costs: Costs) -> float | None:
-    """Filling and draining take the time of ``p - 1`` stages of ``v * m`` (GPipe, section 2.3; Megatron-LM 2021, 2.2)."""
+    """Filling and draining take ``p - 1`` stages beside ``v * m`` of work (GPipe 2019, 2.3; Megatron-LM 2021, 2.2)."""
     return (p - 1) / (v * m + p - 1) if v == 1 or m % p == 0 else None
 
 
 def _h1(p: int, v: int, m: int, costs: Costs) -> float | None:
     """The idle time of ZB-H1 is ``(p - 1) (F + I - W)`` (Zero Bubble 2023, table 2)."""
     idle = (p - 1) * (costs.F + costs.I - costs.W)
-    return idle / (idle + m * (costs.F + costs.I + costs.W)) if m >= p and costs.W <= costs.I else None
+    known = m >= p and min(costs.F, costs.I) >= costs.W
+    return idle / (idle + m * (costs.F + costs.I + costs.W)) if known else None
 
 
 def _v(p: int, v: int, m: int, costs: Costs) -> float | None:
@@ -82,7 +83,7 @@ def build(name: str, stages: int, micro_batches: int, *, ranks: int | None = Non
         costs: how long things take, by which ``zero_bubble``, ``zbv`` and ``forward`` choose their order.
 
     Raises:
-        ConfigError: naming ``pipeline.schedule``, ``pipeline.stages`` or ``pipeline.micro_batches``, and what would fit.
+        ConfigError: naming ``pipeline.schedule``, ``pipeline.stages`` or ``pipeline.micro_batches``, and what fits.
     """
     check_choice("pipeline.schedule", name, RECIPES)
     recipe = RECIPES[name]
@@ -90,18 +91,16 @@ def build(name: str, stages: int, micro_batches: int, *, ranks: int | None = Non
         raise ConfigError(f"pipeline.micro_batches={micro_batches} must be 1 or more.")
     if stages < 1:
         raise ConfigError(f"pipeline.stages={stages} must be 1 or more.")
-    rounds = recipe.rounds or DEFAULT_ROUNDS.get(name, 1)
-    if ranks is None:
-        ranks = max(1, stages // rounds)
-    elif recipe.rounds is None and ranks > 0:
-        rounds = max(1, stages // ranks)
+    if ranks is not None and ranks < 1:
+        raise ConfigError(f"A pipeline on {ranks} ranks cannot be: it needs 1 or more.")
+    rounds = recipe.rounds or (max(1, stages // ranks) if ranks else DEFAULT_ROUNDS.get(name, 1))
+    ranks = ranks or max(1, stages // rounds)
     if ranks * rounds != stages:
-        each = "1 stage" if rounds == 1 else f"{rounds} stages"
-        fitting = f"pipeline.stages={ranks * rounds}" if ranks > 0 else "at least one rank"
+        each = {None: "the same number of stages", 1: "1 stage"}.get(recipe.rounds, f"{rounds} stages")
+        more = " pipeline.schedule=interleaved runs several per rank." if recipe.rounds == 1 else ""
         raise ConfigError(
-            f"pipeline.stages={stages} cannot be dealt to {ranks} ranks with pipeline.schedule={name}, which runs "
-            f"{each if recipe.rounds else 'the same number of stages'} on every rank. With {ranks} ranks, "
-            f"{fitting} fits" + ("; pipeline.schedule=interleaved runs several per rank." if recipe.rounds == 1 else ".")
+            f"pipeline.stages={stages} does not fit {ranks} rank{'s' * (ranks > 1)}: pipeline.schedule={name} runs "
+            f"{each} on every rank. pipeline.stages={ranks * rounds} fits.{more}"
         )
     placement = vee(ranks) if recipe.placement == "vee" else loop(ranks, rounds)
     return Schedule(name, placement, micro_batches, recipe.order(placement, micro_batches, costs), name != "forward")
@@ -130,9 +129,12 @@ def theory(schedule: Schedule, costs: Costs = EQUAL) -> float | None:
     Returns:
         ``None`` where no formula is known: too few micro-batches, or unequal costs.
     """
-    equal = not costs.latency and len(set(costs.scale)) < 2
-    rounds = schedule.stages // schedule.ranks
-    dealt = schedule.placement == (vee(schedule.ranks) if schedule.name == "zbv" else loop(schedule.ranks, rounds))
-    if not (equal and dealt and schedule.name in RECIPES):
+    ranks, rounds = schedule.ranks, schedule.stages // schedule.ranks
+    if costs.latency or len(set(costs.scale)) > 1 or schedule.name not in RECIPES:
         return None
-    return RECIPES[schedule.name].bubble(schedule.ranks, rounds, schedule.micro_batches, costs)
+    recipe = RECIPES[schedule.name]
+    if schedule.placement == vee(ranks) and not schedule.backward:
+        rounds = 1  # down and up are one way of p steps of F + F: the last rank begins late and the first one ends late
+    elif schedule.placement != (vee(ranks) if recipe.placement == "vee" else loop(ranks, rounds)):
+        return None
+    return recipe.bubble(ranks, rounds, schedule.micro_batches, costs)

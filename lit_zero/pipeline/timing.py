@@ -54,7 +54,7 @@ class Costs:
     def parse(cls, text: str) -> Costs:
         """Return the costs that a text such as ``F=1,B=2`` or ``F=1,I=1,W=0.8,latency=0.1`` gives.
 
-        What is not named costs 1, ``B`` the sum of ``I`` and ``W``. With ``B`` alone, ``I`` and ``W`` are half of it each.
+        What is not named costs 1, and ``B`` as much as ``I`` and ``W``. With ``B`` alone, they are half of it each.
 
         Args:
             text: settings with commas between them.
@@ -72,7 +72,8 @@ class Costs:
                 raise ConfigError(f"costs: {key}={value!r} is not a number. Write for example F=1,I=1,W=1.") from None
         if "B" in values and not {"I", "W"} & values.keys():
             values["I"] = values["W"] = values["B"] / 2
-        return cls(**values)
+        named = ("F", "I", "W", "B", "latency")
+        return cls(*(values.get(key, getattr(cls, key)) for key in named))
 
 
 EQUAL = Costs()

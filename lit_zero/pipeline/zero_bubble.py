@@ -1,8 +1,8 @@
 """The schedules that split the backward: gradients of inputs at once, since another rank waits for them; gradients of
 weights when there is nothing better to do.
 
-Each has a form by hand, which is best where all actions take the same time and there are enough micro-batches, and
-otherwise the list scheduler under the same limit of memory; the one that a simulation finds faster is taken.
+Each has a form by hand, which is best where all actions take the same time and there are enough micro-batches.
+Otherwise the list scheduler may do better under the same limit of memory: what a simulation finds fastest is taken.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def zero_bubble(placement: Placement, micro_batches: int, costs: Costs = EQUAL) 
     for rank in range(ranks):
         f, i, w = (FORWARD, rank), (INPUTS, rank), (WEIGHTS, rank)
         orders.append(numbered([f] * (ranks - rank) + [i, f] * rank + [i, w, f] * micro_batches, micro_batches))
-    return _faster(tuple(orders), greedy(placement, micro_batches, costs, held=ranks), placement, micro_batches, costs)
+    return _fastest(tuple(orders), placement, micro_batches, costs, held=ranks)
 
 
 def zbv(placement: Placement, micro_batches: int, costs: Costs = EQUAL) -> tuple[Order, ...]:
@@ -61,16 +61,16 @@ def zbv(placement: Placement, micro_batches: int, costs: Costs = EQUAL) -> tuple
         pattern += [i, w] * (ranks - rank)
         pattern += [w2, w] * full
         orders.append(numbered(pattern, micro_batches))
-    listed = greedy(placement, micro_batches, costs, held=2 * ranks)
-    return _faster(tuple(orders), listed, placement, micro_batches, costs)
+    return _fastest(tuple(orders), placement, micro_batches, costs, held=2 * ranks)
 
 
-def _faster(
-    by_hand: tuple[Order, ...], listed: tuple[Order, ...], placement: Placement, micro_batches: int, costs: Costs
+def _fastest(
+    by_hand: tuple[Order, ...], placement: Placement, micro_batches: int, costs: Costs, held: int
 ) -> tuple[Order, ...]:
-    """Return the orders that take less time; those by hand where both take the same."""
+    """Return what takes least time: the orders by hand, or those listed for these costs or for equal ones."""
+    listed = [greedy(placement, micro_batches, each, held) for each in dict.fromkeys((costs, EQUAL))]
 
     def time(orders: tuple[Order, ...]) -> float:
         return simulate(Schedule("", placement, micro_batches, orders), costs).makespan
 
-    return min(by_hand, listed, key=time)
+    return min(by_hand, *listed, key=time)  # the first of those that take the same
