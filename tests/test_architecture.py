@@ -31,6 +31,7 @@ ALLOWED: dict[str, set[str]] = {
         "lit_zero.precision.policy",
     },
     "lit_zero.checkpoint": {"lit_zero.core", "lit_zero.comm.world", "lit_zero._version"},
+    "lit_zero.pipeline": {"lit_zero.core"},
     "lit_zero.config": {"lit_zero.core"},
     "lit_zero.strategy": {
         "lit_zero.core",
@@ -48,7 +49,7 @@ ALLOWED: dict[str, set[str]] = {
         "lit_zero.checkpoint.together",
         "lit_zero.strategy.flavour",
     },
-    "lit_zero.cli": {"lit_zero.core", "lit_zero.checkpoint", "lit_zero._version"},
+    "lit_zero.cli": {"lit_zero.core", "lit_zero.checkpoint", "lit_zero.pipeline", "lit_zero._version"},
     "lit_zero": {  # lit_zero/__init__.py, the shop window
         "lit_zero._version",
         "lit_zero.checkpoint",
@@ -180,8 +181,8 @@ def test_a_stage_is_a_row_of_data():
     stages = {stage for stage in ROWS if stage != "none"}
     offenders = []
     for name, path in SOURCES.items():
-        if not name.startswith("lit_zero"):
-            continue
+        if not name.startswith("lit_zero") or within(name, "lit_zero.pipeline"):
+            continue  # a stage of a pipeline is something else: the number of a piece of the model
         for node in ast.walk(ast.parse(path.read_text())):
             if not isinstance(node, ast.Compare | ast.Match):
                 continue

@@ -1,0 +1,1 @@
+"""Pipeline stages for an unmodified LightningModule."""
