@@ -190,7 +190,7 @@ class Checkpoints:
         """
         engine = self.engine
         with rewriting(engine, whole=True):
-            rest = self.read(weights, engine.parameter_pieces(whole_if_replicated=True), strict)
+            rest = self.read(weights, engine.parameter_pieces(to_load=True), strict)
             with self._unguarded():
                 self._module.load_state_dict(rest, strict=False)
 
@@ -244,7 +244,7 @@ class Checkpoints:
         check_groups(groups, binding.groups(), str(self._path or _OPTIMIZERS))
         binding.load_groups(groups)  # first: flags such as fused say on which device a state belongs
         binding.prepare_states(described)
-        states = self.engine.optimizer_pieces(number, described, whole_if_replicated=True)
+        states = self.engine.optimizer_pieces(number, described, to_load=True)
         parts = OptimizerParts(self.entries().states(states), binding.groups())
         if self._opened is not None:
             self._opened.load_optimizer(source, parts)

@@ -78,7 +78,7 @@ def entries_of(module: nn.Module, engine: Engine) -> Entries:
     Raises:
         CheckpointError: for an entry that lies in the engine's memory without being a parameter of the module.
     """
-    infos = [info for lane in engine.lanes for info in lane.infos]
+    infos = engine.infos
     names = {id(info.param): info.name for info in infos}
     spelled = {**engine.aliases, **{info.name: info.name for info in infos}}
     memory = {info.param.untyped_storage().data_ptr() for info in infos}

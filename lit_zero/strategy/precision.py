@@ -66,7 +66,7 @@ class _AgreeingScaler(torch.amp.GradScaler):
         found = super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16)
         engine = self._engine()
         flag = next(iter(found.values())) if found else torch.zeros(1, device=engine.device)
-        flag = engine.exchange.maximum(flag)
+        flag = engine.everyone.maximum(flag)
         self.skipped[id(optimizer)] = bool(flag.item())
         return {flag.device: flag}
 

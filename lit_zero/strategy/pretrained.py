@@ -172,7 +172,7 @@ class Weights:
 
     def _read(self, engine: Engine) -> None:
         stored = {info.name: self._parameters.get(info.param) for lane in engine.lanes for info in lane.infos}
-        for piece in engine.parameter_pieces(whole_if_replicated=True):
+        for piece in engine.parameter_pieces(to_load=True):
             name = stored[piece.name]
             if name is not None:
                 self._source.read(name, piece.start, piece.data)

@@ -80,7 +80,7 @@ class PruningOnShards(OnShards):
     def _pieces(self) -> list[Piece]:
         """Return what this rank's masters hold of the parameters to prune."""
         wanted = set(self._names)
-        return [piece for piece in self._engine.parameter_pieces(whole_if_replicated=True) if piece.name in wanted]
+        return [piece for piece in self._engine.parameter_pieces(to_load=True) if piece.name in wanted]
 
     def _before_others(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
         """Mask the masters after each step, before the engine sends them to other ranks."""

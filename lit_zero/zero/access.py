@@ -177,7 +177,7 @@ class Access:
     def _anywhere(self, here: bool) -> bool:
         """Return whether it holds on any rank."""
         flag = torch.tensor([here], dtype=torch.uint8, device=self._engine.device)
-        return bool(self._engine.exchange.maximum(flag).item())
+        return bool(self._engine.everyone.maximum(flag).item())
 
 
 def _grad(segment: Segment) -> torch.Tensor:

@@ -16,7 +16,7 @@ from torch import nn
 
 from lit_zero.core.errors import CheckpointError, LitZeroError
 from lit_zero.core.piece import ParamState, Piece
-from lit_zero.zero.lane import Lane
+from lit_zero.zero.lane import Lane, ParamInfo
 from lit_zero.zero.policy import Placement
 from lit_zero.zero.segment import Segment, copied_value, is_elementwise, is_live, same_state
 
@@ -30,6 +30,7 @@ class Binding:
         number: its own, counted from 0.
         lanes: all trainable lanes.
         shaped: give every parameter a segment of its own in its real shape (whole masters only): serves any optimizer.
+        absent: parameters that other ranks of a pipeline hold.
     """
 
     def __init__(
@@ -39,11 +40,12 @@ class Binding:
         number: int,
         lanes: Sequence[Lane],
         shaped: bool = False,
+        absent: Sequence[ParamInfo] = (),
     ) -> None:
         self.optimizer = optimizer
         self.number = number
         self.group_names = [list(group) for group in names]
-        self._lanes = [lane for lane in lanes if lane.optimizer == number]
+        self._lanes, self._absent = [lane for lane in lanes if lane.optimizer == number], absent
         self._groups: list[dict[str, Any]] = []  # as the optimizer had them when its segments were made
         self.segments: list[Segment] = []
         self.granular = self._shaped = shaped
@@ -257,7 +259,7 @@ class Binding:
         grads = []
         for segment in self.segments:
             grad = segment.param.grad
-            if grad is None:
+            if grad is None or not segment.lane.counts:
                 continue
             if segment.lane.row.optimizer is Placement.REPLICATE:
                 lo = max(segment.first, segment.lane.start)
@@ -281,20 +283,20 @@ class Binding:
         return found
 
     def states(
-        self, described: dict[str, tuple[dict[str, torch.dtype], dict[str, Any]]], whole_if_replicated: bool
+        self, described: dict[str, tuple[dict[str, torch.dtype], dict[str, Any]]], to_load: bool
     ) -> list[ParamState]:
         """Return every parameter's state as pieces of this rank.
 
         Args:
             described: the union of all ranks' ``describe()``.
-            whole_if_replicated: a replicated state gives its whole range instead of the rank's own part.
+            to_load: all that this rank holds, instead of what it answers for.
         """
         pieces: dict[str, dict[str, Piece]] = {}
         for segment, part in self._parts():
             lane, entry = segment.lane, part.entry
             lo, hi = max(part.local, segment.first), min(part.local + part.length, segment.last)
-            if lane.row.optimizer is Placement.REPLICATE and not whole_if_replicated:
-                lo, hi = max(lo, lane.start), min(hi, lane.end)
+            first, last = (bound - lane.master_start for bound in lane.answers_for(to_load))
+            lo, hi = max(lo, first), min(hi, last)
             if lo >= hi:
                 continue
             for key, value in self.optimizer.state.get(segment.param, {}).items():
@@ -302,7 +304,8 @@ class Binding:
                     start = lane.master_start + lo - entry.offset
                     data = value.view(-1)[lo - segment.first : hi - segment.first]
                     pieces.setdefault(entry.name, {})[key] = Piece(entry.name, entry.shape, start, data)
-        shapes = {entry.name: (entry.shape, lane.device) for lane in self._lanes for entry in lane.layout.entries}
+        shapes = {info.name: (info.shape, info.param.device) for info in self._absent}
+        shapes |= {entry.name: (entry.shape, lane.device) for lane in self._lanes for entry in lane.layout.entries}
         result = []
         for index, name in enumerate(name for group in self.group_names for name in group):
             if name not in described or name not in shapes:

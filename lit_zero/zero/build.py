@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 
 from lit_zero.comm.exchange import Exchange, Gather
 from lit_zero.core.errors import LitZeroError, UnsupportedError
+from lit_zero.core.holding import Holding
 from lit_zero.precision.policy import Lowering
 from lit_zero.zero.lane import Lane, ParamInfo
 from lit_zero.zero.materialize import is_empty, materialize, on_meta
@@ -64,10 +65,16 @@ def number_groups(infos: Sequence[ParamInfo], names: Sequence[Sequence[Sequence[
 
 
 def build_lanes(
-    infos: Sequence[ParamInfo], row: Row, hold: bool, exchange: Exchange, device: torch.device, lowering: Lowering
+    infos: Sequence[ParamInfo],
+    row: Row,
+    hold: bool,
+    exchange: Exchange,
+    device: torch.device,
+    lowering: Lowering,
+    holding: Holding,
 ) -> list[Lane]:
-    """Allocate lanes for parameters of one unit: one for each dtype, trainability and optimizer, large ones cut into
-    parts.
+    """Allocate lanes for those parameters of one unit that are held here: one for each dtype, trainability, optimizer
+    and set of holders, large ones cut into parts.
 
     Args:
         infos: the parameters.
@@ -76,12 +83,15 @@ def build_lanes(
         exchange: says which rank this is of how many.
         device: where the memory lies.
         lowering: dtypes of the run.
+        holding: which ranks of a pipeline hold what.
     """
     kinds: dict[tuple[Any, ...], list[ParamInfo]] = {}
     for info in infos:
+        if not holding.here(info.holders):
+            continue
         kept = not info.trainable and row.optimizer is Placement.REPLICATE  # a second copy would save nothing
         info.compute_dtype = info.master_dtype if kept else info.lowered_dtype
-        kind = (info.trainable, info.compute_dtype, info.master_dtype, info.optimizer)
+        kind = (info.trainable, info.compute_dtype, info.master_dtype, info.optimizer, info.holders)
         kinds.setdefault(kind, []).append(info)
     return [
         Lane(
@@ -91,19 +101,29 @@ def build_lanes(
             device,
             lowering.gradient_dtype(run[0].compute_dtype, run[0].master_dtype),
             hold,
+            holding.counts(run[0].holders),
         )
         for alike in kinds.values()
         for run in cut_evenly(alike)
     ]
 
 
-def fill_lanes(model: nn.Module, lanes: Sequence[Lane], exchange: Exchange, device: torch.device) -> None:
+def fill_lanes(
+    model: nn.Module,
+    lanes: Sequence[Lane],
+    absent: Sequence[ParamInfo],
+    exchange: Exchange,
+    ties: Mapping[tuple[int, ...], Exchange],
+    device: torch.device,
+) -> None:
     """Move every parameter's value into its lane; rank 0's values stand for all.
 
     Args:
         model: the whole module; what is on the meta device is initialised first.
         lanes: all lanes.
+        absent: parameters that other ranks of a pipeline hold; they keep their shape, without memory.
         exchange: the ranks.
+        ties: the ranks of a pipeline that hold a parameter together, by their positions.
         device: where the model computes.
     """
     places = {info.name: (lane, index) for lane in lanes for index, info in enumerate(lane.infos)}
@@ -113,6 +133,8 @@ def fill_lanes(model: nn.Module, lanes: Sequence[Lane], exchange: Exchange, devi
         if name not in meta and not is_empty(lane.infos[index].param):
             value = lane.infos[index].param.data.to(device).contiguous()
             exchange.broadcast(value)
+            if lane.holders in ties:
+                ties[lane.holders].broadcast(value)
             lane.store(index, value)
 
     def sink(name: str, value: torch.Tensor) -> None:
@@ -121,6 +143,10 @@ def fill_lanes(model: nn.Module, lanes: Sequence[Lane], exchange: Exchange, devi
             lane.store(index, value)
 
     materialize(model, device, exchange, sink)
+    for info in absent:
+        nothing = torch.full((), float("nan") if info.compute_dtype.is_floating_point else 0, dtype=info.master_dtype)
+        info.param.data = nothing.to(device).expand(info.shape)
+        info.param.grad = None
     for buffer in model.buffers():
         # Contiguous, since what is sent is received into it: an expanded buffer has no room of its own.
         buffer.data = buffer.data.to(device).contiguous()

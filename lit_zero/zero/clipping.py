@@ -15,12 +15,12 @@ class Clipping:
 
     Attributes:
         bindings: what stands for each optimizer.
-        exchange: the ranks.
+        everyone: all ranks.
         device: where gradients lie.
     """
 
     bindings: list[Binding]
-    exchange: Exchange
+    everyone: Exchange
     device: torch.device
 
     def bindings_of(self, optimizer: torch.optim.Optimizer | None) -> list[Binding]:
@@ -40,7 +40,7 @@ class Clipping:
         """Return the norm of the reduced gradients of one optimizer, or of all, over all their parameters and ranks,
         see ``norms.grad_norm``.
         """
-        return grad_norm(self.bindings_of(optimizer), self.exchange, self.device, norm_type)
+        return grad_norm(self.bindings_of(optimizer), self.everyone, self.device, norm_type)
 
     def clip_grad_norm(
         self, max_norm: float, norm_type: float = 2.0, optimizer: torch.optim.Optimizer | None = None

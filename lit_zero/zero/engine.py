@@ -15,7 +15,7 @@ Parameters keep their identity and shape throughout; only the memory behind them
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -25,6 +25,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lit_zero.comm.exchange import Exchange
+from lit_zero.core.holding import Holding
 from lit_zero.core.piece import ParamState, Piece
 from lit_zero.precision.policy import Lowering
 from lit_zero.zero.agreeing import Reach, SharedBuffers
@@ -57,10 +58,16 @@ class Engine(Clipping):
         lowering: dtypes of the run.
         training: gradients will be needed; off, every parameter is treated as frozen.
         keep_gradients: until ``zero_grad``, as torch does; else they are dropped with the step that uses them.
+        holding: which ranks of a pipeline hold which parameters; by default this one holds all.
+        everyone: all ranks of all pipelines; by default those of ``exchange``.
+        ties: for every group of positions that hold parameters together (``holding.ties()``), its ranks in the
+            pipeline of this rank.
 
     Attributes:
         parameter_count: elements of all managed parameters, over all ranks.
         exchange: carries and counts the bytes.
+        everyone: all ranks, for what they agree on.
+        absent: parameters that other ranks of the pipeline hold.
         buffers: shares rank 0's buffers.
 
     Raises:
@@ -78,8 +85,12 @@ class Engine(Clipping):
         lowering: Lowering | None = None,
         training: bool = True,
         keep_gradients: bool = False,
+        holding: Holding | None = None,
+        everyone: Exchange | None = None,
+        ties: Mapping[tuple[int, ...], Exchange] | None = None,
     ) -> None:
         self.model, self.zero, self.exchange, self.device = model, zero, exchange, torch.device(device)
+        self.everyone, self._ties, holding = everyone or exchange, ties or {}, holding or Holding()
         self.row = zero.row.over(exchange.size)
         lowering = lowering or Lowering()
         self._handles: list[RemovableHandle] = []
@@ -88,20 +99,30 @@ class Engine(Clipping):
         infos = {info.name: info for plan in plans for info in plan.infos}
         for info in infos.values():
             info.trainable = info.trainable and training
+            info.holders = holding.of(info.name)
         self.aliases = {alias: info.name for info in infos.values() for alias in info.aliases}
         self.parameter_count = sum(info.param.numel() for info in infos.values())
         names = group_names(model, optimizers)
         number_groups(list(infos.values()), names)
         hold = (zero.accumulate or self.row.accumulate) == "hold" or self.row.optimizer is Placement.REPLICATE
         self._build_lanes = partial(
-            build_lanes, row=self.row, hold=hold, exchange=exchange, device=self.device, lowering=lowering
+            build_lanes,
+            row=self.row,
+            hold=hold,
+            exchange=exchange,
+            device=self.device,
+            lowering=lowering,
+            holding=holding,
         )
+        self.absent = [info for info in infos.values() if not holding.here(info.holders)]
         self.units = [
             Unit(plan.name, number, plan.module, self._build_lanes(plan.infos), plan.outer)
             for number, plan in enumerate(plans)
+            if plan.name == "" or any(holding.here(info.holders) for info in plan.infos)
         ]
         self.root = self.units[0]
-        fill_lanes(model, self.lanes, exchange, self.device)
+        self._position = {name: number for number, name in enumerate(infos)}
+        fill_lanes(model, self.lanes, self.absent, exchange, self._ties, self.device)
         self.bindings = [self._bind(*each) for each in zip(optimizers, range(len(names)), names, strict=True)]
         self._in_backward = False
         self._keep, self._training = keep_gradients, training
@@ -126,7 +147,7 @@ class Engine(Clipping):
 
     def _bind(self, optimizer: torch.optim.Optimizer, number: int, names: list[list[str]]) -> Binding:
         shaped = is_shaped(optimizer, self.row)
-        binding = Binding(optimizer, names, number, self._trainable(), shaped)
+        binding = Binding(optimizer, names, number, self._trainable(), shaped, self.absent)
         self._handles.append(optimizer.register_step_post_hook(lambda *_: self._stepped(binding)))
         return binding
 
@@ -137,7 +158,7 @@ class Engine(Clipping):
         Raises:
             LitZeroError: for a group that cannot be followed; the message names it.
         """
-        infos = [info for lane in self.lanes for info in lane.infos]
+        infos = self.infos
         thawed = [info for info in infos if info.param.requires_grad and not info.trainable and self._training]
         if not any(binding.foreign() for binding in self.bindings) and not any(i.group >= 0 for i in thawed):
             return
@@ -159,7 +180,7 @@ class Engine(Clipping):
             UnsupportedError: for a parameter that has an optimizer already, or an optimizer that cannot be sharded.
         """
         [groups] = group_names(self.model, [optimizer])
-        infos = [info for lane in self.lanes for info in lane.infos]
+        infos = self.infos
         self._move(number_groups(infos, [*(binding.group_names for binding in self.bindings), groups]))
         self.bindings.append(self._bind(optimizer, len(self.bindings), groups))
         self._assemble()
@@ -197,6 +218,14 @@ class Engine(Clipping):
         self.exchange.close()
 
     # ---- forward
+
+    @property
+    def infos(self) -> list[ParamInfo]:
+        """All managed parameters, those that other ranks of the pipeline hold included; the same order on every
+        rank.
+        """
+        found = [*(info for lane in self.lanes for info in lane.infos), *self.absent]
+        return sorted(found, key=lambda info: self._position[info.name])
 
     @property
     def lanes(self) -> list[Lane]:
@@ -250,6 +279,10 @@ class Engine(Clipping):
         """Call this right after a backward; returns when the gradients are reduced."""
         self._reducer.end()
         self._in_backward = False
+        if not self._reducer.deferred:
+            for lane in self._reducer.lanes:
+                if lane.holders in self._ties:
+                    lane.sum_over_holders(self._ties[lane.holders])
         for unit in self.units:
             self._gatherer.backward_ends(unit)
             unit.calls = 0
@@ -323,14 +356,18 @@ class Engine(Clipping):
 
     # ---- what others may ask
 
-    def parameter_pieces(self, whole_if_replicated: bool = False) -> list[Piece]:
+    def parameter_pieces(self, to_load: bool = False) -> list[Piece]:
         """Return this rank's part of every parameter's master copy, in the same order on every rank.
 
         Args:
-            whole_if_replicated: a replicated master gives its whole range, as a destination to load into; else every
-                element belongs to exactly one rank.
+            to_load: all that this rank holds, as a destination; else every element belongs to exactly one rank.
         """
-        return [piece for lane in self.lanes for piece in lane.pieces(whole_if_replicated)]
+        here = [piece for lane in self.lanes for piece in lane.pieces(to_load)]
+        nothing = [
+            Piece(info.name, info.shape, 0, torch.empty(0, dtype=info.master_dtype, device=self.device))
+            for info in self.absent
+        ]
+        return sorted([*here, *nothing], key=lambda piece: self._position[piece.name])
 
     def describe_states(self, index: int, gather: Callable[[Any], list[Any]]) -> dict[str, Any]:
         """Return which state optimizer ``index`` has for which parameter, over all ranks.
@@ -344,11 +381,9 @@ class Engine(Clipping):
             described.update(found)
         return described
 
-    def optimizer_pieces(
-        self, index: int, described: dict[str, Any], whole_if_replicated: bool = False
-    ) -> list[ParamState]:
+    def optimizer_pieces(self, index: int, described: dict[str, Any], to_load: bool = False) -> list[ParamState]:
         """Return this rank's part of optimizer ``index``'s state, see :meth:`parameter_pieces`."""
-        return self.bindings[index].states(described, whole_if_replicated)
+        return self.bindings[index].states(described, to_load)
 
     def wait_for_parameters(self) -> None:
         """Return when replicated parameters are up to date; sharded ones stay where they are."""

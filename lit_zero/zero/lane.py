@@ -44,6 +44,8 @@ class ParamInfo:
         optimizer: number of the optimizer, -1 for none.
         trainable: ``requires_grad`` at setup.
         lowered_dtype: ``compute_dtype`` as the mode of the run wants it.
+        holders: positions of a pipeline that hold it, ascending.
+        shape: its shape; the parameter's own is not to be asked for while it waits for memory.
     """
 
     name: str
@@ -54,9 +56,11 @@ class ParamInfo:
     group: int = -1
     optimizer: int = -1
     trainable: bool = True
+    holders: tuple[int, ...] = (0,)
 
     def __post_init__(self) -> None:
         self.lowered_dtype = self.compute_dtype
+        self.shape = tuple(self.param.shape)
 
 
 class Lane:
@@ -69,6 +73,7 @@ class Lane:
         device: where the memory lies.
         gradient_dtype: dtype in which gradients wait for the step.
         hold: with several micro-batches, sum them locally and reduce once.
+        counts: this rank answers for it; else another one of a pipeline, which holds the same, does.
     """
 
     def __init__(
@@ -79,10 +84,12 @@ class Lane:
         device: torch.device,
         gradient_dtype: torch.dtype,
         hold: bool,
+        counts: bool = True,
     ) -> None:
         first = infos[0]
         self.infos = list(infos)
-        self.row, self.device, self.hold = row, device, hold
+        self.row, self.device, self.hold, self.counts = row, device, hold, counts
+        self.holders = first.holders
         self.compute_dtype, self.master_dtype, self.trainable = first.compute_dtype, first.master_dtype, first.trainable
         self.optimizer = first.optimizer
         self.lowered = self.compute_dtype != self.master_dtype
@@ -202,20 +209,25 @@ class Lane:
         """Return the part of the master that this rank answers for, shape ``[P/N]``."""
         return self.master[self.start - self.master_start : self.end - self.master_start]
 
-    def pieces(self, whole_if_replicated: bool) -> list[Piece]:
+    def pieces(self, to_load: bool) -> list[Piece]:
         """Return the parts of the parameters' masters that this rank answers for.
 
         Args:
-            whole_if_replicated: a replicated master gives its whole range.
+            to_load: all that this rank holds, as a destination; else every element belongs to exactly one rank.
         """
-        whole = self.row.optimizer is Placement.REPLICATE and whole_if_replicated
-        start, end = (0, self.numel) if whole else (self.start, self.end)
+        start, end = self.answers_for(to_load)
         found = []
         for part in self.layout.overlaps(start, end):
             first = part.local + start - self.master_start
             data = self.master[first : first + part.length]
             found.append(Piece(part.entry.name, part.entry.shape, part.start, data))
         return found
+
+    def answers_for(self, to_load: bool) -> tuple[int, int]:
+        """Return the range of the lane that :meth:`pieces` give."""
+        if to_load and self.row.optimizer is Placement.REPLICATE:
+            return 0, self.numel
+        return (self.start, self.end) if to_load or self.counts else (self.start, self.start)
 
     def give_back(self, exchange: Exchange) -> None:
         """Let go of the memory; nothing reads it any more."""
@@ -307,6 +319,11 @@ class Lane:
         if not self._in_place:
             self.grad_own = None
         self.accumulated = False
+
+    def sum_over_holders(self, exchange: Exchange) -> None:
+        """Add the reduced gradients of all ranks of a pipeline that hold these parameters."""
+        grad = self._stored_grad()
+        grad.copy_(exchange.sum_in_rank_order(grad))
 
     def master_grad(self) -> torch.Tensor:
         """Return the gradient that belongs to ``master``: same shape, same dtype; a view where the stored dtype

@@ -141,9 +141,9 @@ def resumed(stage: str, optimizer_name: str) -> tuple[torch.Tensor, torch.Tensor
 
 def fill_replicated(engine: Engine, described: dict[str, Any], states: list[Any], weights: list[Any]) -> None:
     everyones = World().all_gather_object((states, weights))
-    for into in engine.parameter_pieces(whole_if_replicated=True):
+    for into in engine.parameter_pieces(to_load=True):
         into.data.copy_(whole([(s, d) for _, w in everyones for n, s, d in w if n == into.name]))
-    for number, state in enumerate(engine.optimizer_pieces(0, described, whole_if_replicated=True)):
+    for number, state in enumerate(engine.optimizer_pieces(0, described, to_load=True)):
         for key, piece in state.tensors.items():
             piece.data.copy_(whole([s[number][2][key] for s, _ in everyones]))
 

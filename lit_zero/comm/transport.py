@@ -1,0 +1,212 @@
+"""Messages between the ranks of a pipeline: tensors of any shape, from one rank to another.
+
+A message is a header, which says what follows, and the tensors. So the receiver needs to know nothing beforehand, and
+shapes may change from message to message. What is received lies in memory of its own, never in that of the message
+before.
+
+Sends return at once. Receives are posted ahead, in the order in which the other rank sends, and run on a thread for
+each of the other ranks: the transfer runs beside the computation.
+
+[Note: one group for each direction] NCCL runs what shares a communicator one after the other, so a receive that is
+posted ahead would hold up the sends behind it. What goes from lower to higher ranks has a communicator, and what goes
+back has another. Headers are sent by gloo in either case.
+"""
+
+from __future__ import annotations
+
+import pickle
+import queue
+import threading
+from collections import deque
+from collections.abc import Hashable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lit_zero.comm import process_group
+from lit_zero.core.errors import LitZeroError
+
+_HEADER_BYTES = 1 << 13  # a random state fits
+
+
+@dataclass
+class Message:
+    """What one rank sends to another.
+
+    Attributes:
+        key: what it is, equal on both ends.
+        tensors: any number, of any shape and dtype.
+        note: anything small that can be pickled.
+    """
+
+    key: Hashable
+    tensors: list[torch.Tensor]
+    note: Any = None
+
+
+@dataclass
+class _Flying:
+    works: list[dist.Work | None]
+    held: list[torch.Tensor] = field(default_factory=list)  # they must live until the send is over
+
+
+class Transport:
+    """Sends and receives over the ranks of this rank's pipeline.
+
+    Args:
+        pipelines: the ranks of every pipeline, the same on every rank; all ranks must construct this together.
+        device: where received tensors lie.
+        timeout: how long a message may take.
+
+    Attributes:
+        position: of this rank in its pipeline.
+        sent_bytes: of tensors, since the last reset.
+    """
+
+    def __init__(
+        self, pipelines: Sequence[Sequence[int]], device: torch.device, timeout: timedelta | None = None
+    ) -> None:
+        rank = dist.get_rank()
+        [self._ranks] = [list(ranks) for ranks in pipelines if rank in ranks]
+        self.position, self.size = self._ranks.index(rank), len(self._ranks)
+        self.device, self.sent_bytes = device, 0
+
+        def opened(backend: str) -> dist.ProcessGroup:
+            groups = [dist.new_group(list(ranks), backend=backend, timeout=timeout) for ranks in pipelines]
+            [mine] = [group for group in groups if group != dist.GroupMember.NON_GROUP_MEMBER]
+            return mine
+
+        self._headers = opened("gloo")
+        separate = device.type == "cuda"
+        # By direction: to higher positions, and to lower ones.
+        self._groups = [opened("nccl"), opened("nccl")] if separate else [self._headers, self._headers]
+        self._flying: deque[_Flying] = deque()
+        self._coming: dict[Hashable, Future[Message]] = {}
+        self._lines: dict[int, queue.SimpleQueue[tuple[Hashable, Future[Message]] | None]] = {}
+        self._threads: list[threading.Thread] = []
+        self._failed: BaseException | None = None
+
+    def send(self, message: Message, to: int) -> None:
+        """Start to send a message to the rank at position ``to``; its tensors must not be written to any more."""
+        tensors = [tensor.detach().contiguous() for tensor in message.tensors]
+        described = [
+            (tuple(tensor.shape), tensor.dtype, like.requires_grad)
+            for tensor, like in zip(tensors, message.tensors, strict=True)
+        ]
+        content = torch.frombuffer(bytearray(pickle.dumps((message.key, described, message.note))), dtype=torch.uint8)
+        header = torch.zeros(_HEADER_BYTES, dtype=torch.uint8)
+        header[:8] = torch.tensor([content.numel()]).view(torch.uint8)
+        first = min(content.numel(), _HEADER_BYTES - 8)
+        header[8 : 8 + first] = content[:first]
+        rest = content[first:]
+        works = [dist.isend(part, group=self._headers, group_dst=to) for part in (header, rest) if part.numel()]
+        group = self._groups[to < self.position]
+        works += [dist.isend(tensor, group=group, group_dst=to) for tensor in tensors if tensor.numel()]
+        self.sent_bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        self._flying.append(_Flying(works, [header, rest, *tensors]))
+        while self._flying and all(work is None or work.is_completed() for work in self._flying[0].works):
+            self._finish(self._flying.popleft())
+
+    def post(self, key: Hashable, source: int) -> None:
+        """Get ready to receive the message ``key`` from the rank at position ``source``, after those posted before."""
+        future: Future[Message] = Future()
+        self._coming[key] = future
+        if source not in self._lines:
+            self._lines[source] = queue.SimpleQueue()
+            thread = threading.Thread(
+                target=self._receive_all, args=(source,), name=f"lit_zero-pipeline-{source}", daemon=True
+            )
+            self._threads.append(thread)
+            thread.start()
+        self._lines[source].put((key, future))
+
+    def wait(self, key: Hashable) -> Message:
+        """Return a message that was posted, once it is there.
+
+        Raises:
+            LitZeroError: if another one came: the two ranks do not run the same schedule.
+        """
+        message = self._coming.pop(key).result()
+        if message.key != key:
+            raise LitZeroError(
+                f"Position {self.position} of the pipeline waited for {key} and got {message.key}: the ranks do not run "
+                "the same schedule. Every rank must have the same settings and as many micro-batches."
+            )
+        return message
+
+    def flush(self) -> None:
+        """Return when everything sent has left."""
+        while self._flying:
+            self._finish(self._flying.popleft())
+
+    def share(self, value: Any, source: int) -> Any:
+        """Return the ``value`` (any picklable object) of the rank at position ``source`` on every rank of the
+        pipeline.
+        """
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, group=self._headers, group_src=source)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return the ``value`` (any picklable object) of every rank of the pipeline, by position."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value, group=self._headers)
+        return found
+
+    def close(self) -> None:
+        """Let go of threads and groups; it is not used afterwards."""
+        for line in self._lines.values():
+            line.put(None)
+        for thread in self._threads:
+            thread.join(timeout=10)
+        process_group.leave(*dict.fromkeys([self._headers, *self._groups]))
+
+    # ---- on a thread for each source
+
+    def _receive_all(self, source: int) -> None:
+        torch.set_grad_enabled(False)  # this thread's own switch
+        while (item := self._lines[source].get()) is not None:
+            _, future = item
+            try:
+                future.set_result(self._receive(source))
+            except BaseException as error:  # the waiting rank raises it
+                future.set_exception(error)
+
+    def _receive(self, source: int) -> Message:
+        header = torch.empty(_HEADER_BYTES, dtype=torch.uint8)
+        self._arrive(header, self._headers, source)
+        size = int(header[:8].view(torch.int64).item())
+        content = header[8 : 8 + size]
+        if size > _HEADER_BYTES - 8:
+            rest = torch.empty(size - content.numel(), dtype=torch.uint8)
+            self._arrive(rest, self._headers, source)
+            content = torch.cat([content, rest])
+        key, described, note = pickle.loads(content.numpy().tobytes())
+        group = self._groups[source > self.position]
+        tensors = []
+        for shape, dtype, requires_grad in described:
+            tensor = torch.empty(shape, dtype=dtype, device=self.device)
+            if tensor.numel():
+                self._arrive(tensor, group, source)
+            tensors.append(tensor.requires_grad_(requires_grad))
+        return Message(key, tensors, note)
+
+    @staticmethod
+    def _arrive(tensor: torch.Tensor, group: dist.ProcessGroup, source: int) -> None:
+        work = dist.irecv(tensor, group=group, group_src=source)
+        if work is not None:
+            work.wait()
+
+    @staticmethod
+    def _finish(flying: _Flying) -> None:
+        for work in flying.works:
+            if work is not None:
+                work.wait()
