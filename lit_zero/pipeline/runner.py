@@ -1,0 +1,217 @@
+"""Run one rank's part of a schedule: every step in its order, on the user's own code.
+
+What is alive between the actions of a micro-batch on a stage:
+
+1. after ``F``: the leaves that the stage received, and what it has sent on (or the loss), with the graph between;
+2. after ``I``: the gradients at the ends of the graph's weight branches;
+3. after ``B`` or ``W``: nothing.
+
+Source of the split backward: Qi et al., "Zero Bubble Pipeline Parallelism", 2023, section 2; how a graph is cut between
+``I`` and ``W`` is torch.distributed.pipelining's ``_backward``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
+
+from lit_zero.comm.transport import Message as Parcel
+from lit_zero.comm.transport import Transport
+from lit_zero.pipeline.actions import (
+    BACKWARD,
+    FORWARD,
+    INPUTS,
+    POST,
+    SEND,
+    WAIT,
+    WEIGHTS,
+    Compute,
+    Step,
+    Transfer,
+    given,
+    taken,
+)
+from lit_zero.pipeline.splitting import Finished, Split
+
+
+class Work(Protocol):
+    """What a micro-batch is to the user's code, and what gradients are to the engine."""
+
+    def forward(self, stage: int, micro_batch: int) -> Any:
+        """Run the user's step on a micro-batch; return what it has returned."""
+
+    def loss(self, micro_batch: int, result: Any) -> torch.Tensor | None:
+        """Return what the backward of a micro-batch starts from; ``None`` for nothing."""
+
+    def backward(self, last: bool, run: Callable[[], None]) -> None:
+        """Run something that makes gradients of parameters; ``last``: nothing of this step makes any after it."""
+
+    def landed(self, param: nn.Parameter) -> None:
+        """Take the gradient that stands in ``param.grad``."""
+
+    def random_state(self) -> Any:
+        """Return the state of the random generators, to travel with an activation."""
+
+    def set_random_state(self, state: Any) -> None:
+        """Go on from a state that has come with an activation."""
+
+
+@dataclass
+class _Visit:
+    """A micro-batch on a stage, between its forward and its backward."""
+
+    received: list[torch.Tensor]
+    outputs: list[torch.Tensor]
+    branches: list[dict[str, Any]] = field(default_factory=list)  # of the graph, after ``I``
+
+
+class Runner:
+    """Runs the steps of this rank.
+
+    Args:
+        split: the stages of this rank.
+        transport: carries messages between ranks.
+        parameters: of this rank's stages, by stage.
+        stages: how many the model has.
+    """
+
+    def __init__(
+        self, split: Split, transport: Transport, parameters: dict[int, list[nn.Parameter]], stages: int
+    ) -> None:
+        self._split, self._transport, self._parameters, self._stages = split, transport, parameters, stages
+        self.timeline: list[tuple[Compute, float, float]] | None = None  # set it to a list to have actions timed
+
+    def run(self, steps: Sequence[Step], work: Work) -> dict[int, Any]:
+        """Run all steps.
+
+        Args:
+            steps: of this rank, see ``lowering``.
+            work: the user's code and the engine.
+
+        Returns:
+            What the user's step has returned for each micro-batch, on the rank of the last stage; empty elsewhere.
+        """
+        self._work, self._visits, self._here = work, {}, {}
+        self._results: dict[int, Any] = {}
+        training = any(isinstance(step, Compute) and step.kind != FORWARD for step in steps)
+        closing = max(
+            (n for n, step in enumerate(steps) if isinstance(step, Compute) and step.kind in (BACKWARD, WEIGHTS)),
+            default=-1,
+        )
+        for number, step in enumerate(steps):
+            if isinstance(step, Transfer):
+                self._transfer(step)
+                continue
+            start = time.perf_counter()
+            if step.kind == FORWARD:
+                self._forward(step, training)
+            elif step.kind == INPUTS:
+                self._inputs(step)
+            else:
+                self._weights(step, last=number == closing)
+            if self.timeline is not None:
+                self.timeline.append((step, start, time.perf_counter()))
+        self._transport.flush()
+        return self._results
+
+    # ---- messages
+
+    def _transfer(self, step: Transfer) -> None:
+        if step.verb == POST:
+            self._transport.post(step.message, step.peer)
+        elif step.verb == WAIT:
+            self._here[step.message] = self._transport.wait(step.message)
+        else:
+            assert step.verb == SEND
+            self._transport.send(self._here.pop(step.message), step.peer)
+
+    def _take(self, action: Compute) -> Parcel:
+        message = taken(action, self._stages)
+        return Parcel(None, []) if message is None else self._here.pop(message)
+
+    def _give(self, action: Compute, tensors: list[torch.Tensor], note: Any = None) -> None:
+        message = given(action, self._stages)
+        if message is not None:
+            self._here[message] = Parcel(message, tensors, note)
+
+    # ---- actions
+
+    def _forward(self, action: Compute, training: bool) -> None:
+        work, came = self._work, self._take(action)
+        # Leaves of their own: between two stages of one rank nothing is copied, and the graph must end here too.
+        received = [t.detach().requires_grad_(t.requires_grad and training) for t in came.tensors]
+
+        def enter() -> None:
+            work.set_random_state(came.note)
+
+        ended = self._split.run(
+            action.stage, lambda: work.forward(action.stage, action.micro_batch), received, enter if received else None
+        )
+        if isinstance(ended, Finished):
+            self._results[action.micro_batch] = ended.result
+            loss = work.loss(action.micro_batch, ended.result) if training else None
+            outputs = [] if loss is None else [loss]
+        else:
+            outputs = ended.tensors
+            self._give(action, outputs, work.random_state())
+        if training:
+            self._visits[action.stage, action.micro_batch] = _Visit(received, outputs)
+
+    def _gradients(self, action: Compute, visit: _Visit) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
+        """Return what the backward starts from, and the gradients for it."""
+        message = taken(action, self._stages)
+        if message is None:  # the last stage: from the loss
+            return [t for t in visit.outputs if t.requires_grad], [None for t in visit.outputs if t.requires_grad]
+        came = self._here.pop(message)
+        grads = iter(came.tensors)
+        pairs = [(t, next(grads)) for t, there in zip(visit.outputs, came.note, strict=True) if there]
+        return [t for t, _ in pairs], [g for _, g in pairs]
+
+    def _return(self, action: Compute, visit: _Visit) -> None:
+        """Send the gradients of what was received back."""
+        grads = [t.grad for t in visit.received]
+        self._give(action, [g for g in grads if g is not None], [g is not None for g in grads])
+
+    def _inputs(self, action: Compute) -> None:
+        visit = self._visits[action.stage, action.micro_batch]
+        if action.stage == 0:  # there is nobody to send a gradient to; ``W`` does all
+            visit.branches = [{"action": action._replace(kind=BACKWARD)}]
+            return
+        outputs, grads = self._gradients(action, visit)
+        if outputs:
+            starts = [torch.ones_like(t) if g is None else g for t, g in zip(outputs, grads, strict=True)]
+            leaves = [t for t in visit.received if t.requires_grad]
+            _, visit.branches = stage_backward_input(
+                outputs, starts, leaves, iter(self._parameters[action.stage])
+            )
+        visit.outputs = []
+        self._return(action, visit)
+        visit.received = []
+
+    def _weights(self, action: Compute, last: bool) -> None:
+        visit = self._visits.pop((action.stage, action.micro_batch))
+        if action.kind == WEIGHTS and action.stage > 0:
+            self._work.backward(last, lambda: self._branches(action.stage, visit))
+            return
+        outputs, grads = self._gradients(action._replace(kind=BACKWARD), visit)
+
+        def run() -> None:
+            if outputs:
+                torch.autograd.backward(outputs, grads)
+
+        self._work.backward(last, run)
+        self._return(action._replace(kind=BACKWARD), visit)
+
+    def _branches(self, stage: int, visit: _Visit) -> None:
+        parameters = self._parameters[stage]
+        stage_backward_weight(iter(parameters), visit.branches)
+        for param in parameters:
+            if param.grad is not None:
+                self._work.landed(param)
+
