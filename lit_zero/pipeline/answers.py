@@ -82,13 +82,17 @@ class Answers:
 
     def _find(self, module: nn.Module, real: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         self.dry_runs += 1
+        gradients = torch.is_grad_enabled()
         dry = Dry(self.device, self.stand_ins.made)
         given = {id(leaf): path for path, leaf in call_leaves(args, kwargs) if isinstance(leaf, torch.Tensor)}
         args, kwargs = map_leaves(args, _own), map_leaves(kwargs, _own)
         with (
-            torch.inference_mode(False),
+            torch.inference_mode(False),  # there, operators are not taken apart
+            torch.set_grad_enabled(gradients),
             isolated(module, dry.replace, lambda buffer: _real_copy(buffer, self.device)),
             torch.compiler.set_stance("force_eager"),
+            # A checkpoint around the call must not count what is saved here.
+            torch.autograd.graph.saved_tensors_hooks(_same, _same),
             dry,
         ):
             output = real(*args, **kwargs)
@@ -99,6 +103,10 @@ class Answers:
             return _Echo(given[id(leaf)]) if id(leaf) in given else _Like(leaf)
 
         return map_leaves(output, remember)
+
+
+def _same(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 def _kind(leaf: Any) -> Any:

@@ -99,6 +99,7 @@ class Recorder(Dry):
     # ---- the run
 
     def run(self, call: Callable[[], Any]) -> Recorder:
+        gradients = torch.is_grad_enabled()
         handles = [
             torch.nn.modules.module.register_module_forward_pre_hook(self._enter),
             torch.nn.modules.module.register_module_forward_hook(self._leave, always_call=True),
@@ -106,6 +107,7 @@ class Recorder(Dry):
         try:
             with (
                 torch.inference_mode(False),
+                torch.set_grad_enabled(gradients),
                 isolated(self.root, self._other_parameter, self._other_buffer),
                 torch.compiler.set_stance("force_eager"),
                 torch.autograd.graph.saved_tensors_hooks(self._save, lambda tensor: tensor),

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -27,11 +27,18 @@ from lit_zero.core.errors import ConfigError, UnsupportedError
 from lit_zero.core.parameters import exchange
 from lit_zero.pipeline.answers import Answers
 from lit_zero.pipeline.facts import Recording, Slot
-from lit_zero.pipeline.leaves import call_leaves, map_leaves
+from lit_zero.pipeline.leaves import call_leaves, map_leaves, tensors
 from lit_zero.pipeline.plan import SplitPlan, StagePlan
 from lit_zero.pipeline.stand_in import StandIns
 
-_MARK = "_lit_zero_received"  # attribute of a stand-in: what was received for it
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+# Attributes of stand-ins, for a checkpoint that recomputes blocks when the visit is over (micro-batches later).
+_MARK = "_lit_zero_received"  # what was received for it
+_VISIT = "_lit_zero_visit"  # the visit in which it was made
+
+# torch.compile must not look into what decides, only into what the modules compute.
+_uncompiled: Callable[[_F], _F] = torch.compiler.disable
 
 
 @dataclass
@@ -70,7 +77,6 @@ class _Visit:
         self.piece, self.received, self.on_entry = piece, received, on_entry
         self.ghosts = set(piece.ghosts)
         self.next = piece.first  # number of the block that must run next
-        self.random = False
 
     @property
     def entered(self) -> bool:
@@ -199,7 +205,6 @@ class Split:
     def _take(self, name: str, make: Callable[[nn.Module, Callable[..., Any]], Callable[..., Any]]) -> None:
         module = self.model.get_submodule(name)
         self._before.append((module, vars(module).get("forward")))
-        # torch.compile looks into what the forward calls, not into the forward itself: it decides and raises.
         vars(module)["forward"] = torch.compiler.disable(make(module, module.forward), recursive=False)
 
     def _ghost(self, name: str, written: bool) -> Callable[[nn.Module, Callable[..., Any]], Callable[..., Any]]:
@@ -213,7 +218,7 @@ class Split:
                         f"Module {name!r} ran before block {visit.piece.blocks[0]!r} when the step was recorded, and "
                         "now after it. The step must call its modules in the same order for every batch."
                     )
-                return self.answers.answer(name, module, real, args, kwargs, written)
+                return self._answer(visit, name, module, real, (args, kwargs), written)
 
             return forward
 
@@ -226,11 +231,11 @@ class Split:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 visit = self._visit
                 if visit is None:
-                    args, kwargs = self._again(index, args, kwargs)
-                    return real(*args, **kwargs)
+                    here, args, kwargs = self._again(index, module, real, args, kwargs)
+                    return real(*args, **kwargs) if here else args
                 piece = visit.piece
                 if index < piece.first and not visit.entered:
-                    return self.answers.answer(facts.signature, module, real, args, kwargs, facts.written)
+                    return self._answer(visit, facts.signature, module, real, (args, kwargs), facts.written)
                 if index != visit.next:
                     raise self._out_of_turn(visit, index)
                 if index == piece.end:
@@ -238,13 +243,14 @@ class Split:
                 if index == piece.first:
                     self._enter(visit, args, kwargs)
                 visit.next += 1
-                args, kwargs = _received(index, args), _received(index, kwargs)
+                args, kwargs = _received(index, (args, kwargs))
                 return real(*args, **kwargs)
 
             return forward
 
         return make
 
+    @_uncompiled
     def _enter(self, visit: _Visit, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Mark the stand-ins among the arguments with what was received for them."""
         given = dict(call_leaves(args, kwargs))
@@ -261,23 +267,40 @@ class Split:
         if visit.on_entry is not None:
             visit.on_entry()
 
-    def _again(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        """Return the arguments of a block that runs outside a stage: a checkpoint recomputes it."""
-        marks = [getattr(leaf, _MARK, None) for _, leaf in call_leaves(args, kwargs)]
+    @_uncompiled
+    def _answer(self, visit: _Visit, group: Any, module: nn.Module, real: Any, call: Any, written: bool) -> Any:
+        """Return what a module of an earlier stage answers."""
+        output = self.answers.answer(group, module, real, call[0], call[1], written)
+        for tensor in tensors(output):
+            if self.stand_ins.made(tensor):
+                setattr(tensor, _VISIT, visit)
+        return output
+
+    @_uncompiled
+    def _again(self, index: int, module: nn.Module, real: Any, args: Any, kwargs: Any) -> tuple[bool, Any, Any]:
+        """Return whether a block that runs outside a stage runs here, and its arguments, or else its answer.
+
+        That is a block that a checkpoint recomputes. It is given what it was given in its visit; its stand-ins know.
+        """
+        marks = [getattr(tensor, _MARK, None) for tensor in tensors((args, kwargs))]
         visits = [mark.visit for mark in marks if mark is not None]
-        for visit in visits[:1]:
-            if index == visit.piece.first and visit.on_entry is not None:
-                visit.on_entry()
+        visits += [v for t in tensors((args, kwargs)) if (v := getattr(t, _VISIT, None)) is not None]
+        if visits and index < visits[0].piece.first:
+            facts = self.recording.blocks[index]
+            return False, self._answer(visits[0], facts.signature, module, real, (args, kwargs), facts.written), None
+        if visits and index == visits[0].piece.first:
+            self._enter(visits[0], args, kwargs)
         if not any(self.plan.stages[n].first <= index < self.plan.stages[n].end for n in self.local):
             raise UnsupportedError(
                 f"Block {self.recording.blocks[index].name!r} is on another stage and was called outside a step of the "
                 "pipeline. Call the model only in the step; a checkpoint that recomputes several blocks must not reach "
                 "over a boundary (pipeline.boundaries)."
             )
-        return _received(index, args), _received(index, kwargs)
+        return True, *_received(index, (args, kwargs))
 
+    @_uncompiled
     def _collect(self, piece: StagePlan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
-        args, kwargs = _received(piece.end, args), _received(piece.end, kwargs)
+        args, kwargs = _received(piece.end, (args, kwargs))
         given = dict(call_leaves(args, kwargs))
         tensors = [self._at(piece.end, given, slot.paths[0]) for slot in piece.sends]
         for slot, tensor in zip(piece.sends, tensors, strict=True):
@@ -312,6 +335,7 @@ class Split:
         )
 
 
+@_uncompiled
 def _received(index: int, value: Any) -> Any:
     """Return ``value`` with what was received in place of marked stand-ins."""
 

@@ -182,7 +182,6 @@ class Noisy(Deep):
     def forward(self, tokens: Tensor) -> Tensor:
         early = torch.rand(tokens.shape) > 0.2
         x = self.frontend(tokens)
-        late = torch.rand(tokens.shape)
         x = x * early[..., None]
         for layer in self.trunk.inner["stack"]:
             x = layer(x)
