@@ -20,8 +20,9 @@ from lit_zero.checkpoint.pretrained import Pretrained, match_pretrained
 from lit_zero.checkpoint.together import on_all
 from lit_zero.comm.world import World
 from lit_zero.core.errors import ConfigError, LitZeroError
+from lit_zero.core.parameters import exchange
 from lit_zero.zero.engine import Engine
-from lit_zero.zero.materialize import empty_like, exchange
+from lit_zero.zero.materialize import empty_like
 
 
 def load_pretrained(

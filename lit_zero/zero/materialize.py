@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import nn
 
 from lit_zero.comm.exchange import Exchange
 from lit_zero.core.errors import UnsupportedError
+from lit_zero.core.parameters import become
 
 
 def on_meta(model: nn.Module) -> set[str]:
@@ -113,7 +114,7 @@ def _materialize_module(
     unset: dict[str, torch.Tensor] = {}
     for key, param in own.items():
         try:
-            _become(module, param, nn.Parameter(_unset_like(param, device), requires_grad=param.requires_grad))
+            become(module, param, nn.Parameter(_unset_like(param, device), requires_grad=param.requires_grad))
         except RuntimeError as error:
             raise UnsupportedError(
                 f"{title} is on the meta device, and its {key!r} cannot be given memory: {error}. Build the module on "
@@ -205,39 +206,3 @@ def empty_like(param: torch.Tensor) -> torch.Tensor:
 def is_empty(param: torch.Tensor) -> bool:
     """Return whether ``param`` is one that :func:`empty_like` has made."""
     return param.device.type == "cpu" and param.untyped_storage().data_ptr() == _NOTHING.data_ptr()
-
-
-def exchange(model: nn.Module, params: Collection[nn.Parameter], make: Callable[[nn.Parameter], nn.Parameter]) -> None:
-    """Let every one of ``params`` become what ``make`` makes of it, and stay the object that it is.
-
-    Raises:
-        UnsupportedError: naming a parameter that other objects refer to in a way that forbids it.
-    """
-    left = set(params)
-    for name, module in model.named_modules():
-        for key, param in module._parameters.items():
-            if param is None or param not in left:
-                continue
-            left.remove(param)
-            try:
-                _become(module, param, make(param))
-            except RuntimeError as error:
-                raise UnsupportedError(
-                    f"The {key!r} of module {name!r} ({type(module).__name__}) cannot wait for its value: {error}. "
-                    "Load its weights before the Trainer runs, in __init__."
-                ) from error
-
-
-def _become(module: nn.Module, param: nn.Parameter, other: nn.Parameter) -> None:
-    """Let ``param`` be ``other``; it stays the same object, which optimizers and other modules may hold, with all
-    attributes that somebody has given it.
-    """
-    if param._backward_hooks or param._post_accumulate_grad_hooks:
-        raise RuntimeError("hooks are registered on it, which would be lost")
-    attributes = dict(vars(param))
-    if isinstance(module, nn.RNNBase):
-        module._flat_weight_refs = []  # weak references, which swap_tensors does not allow
-    torch.utils.swap_tensors(param, other)
-    vars(param).update(attributes)
-    if isinstance(module, nn.RNNBase):
-        module._init_flat_weights()

@@ -1,0 +1,118 @@
+"""Run the user's code and leave no trace of it."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+_OF_MODULES = set(vars(nn.Module()))  # parameters, buffers, hooks: not what a forward changes
+
+
+@contextmanager
+def isolated(
+    root: nn.Module,
+    parameter: Callable[[nn.Parameter], nn.Parameter],
+    buffer: Callable[[torch.Tensor], torch.Tensor],
+) -> Iterator[None]:
+    """Within, ``root`` works on other parameters and buffers; afterwards everything is as it was.
+
+    Put back are parameters, buffers, attributes of all modules (also of metrics and of modules kept in plain lists),
+    lists, sets, mappings and tensors in these attributes, and the state of all random generators. Not put back are
+    changes inside objects of other classes, and what the code does outside (files, prints).
+
+    Args:
+        root: the module whose code is going to run.
+        parameter: gives the one to use in place of a parameter.
+        buffer: gives the one to use in place of a buffer.
+    """
+    found = list(_all_modules(root))
+    saved = [(m, dict(vars(m)), dict(m._parameters), dict(m._buffers), dict(m._modules)) for m in found]
+    states = _random_states()
+    others: dict[int, torch.Tensor] = {}
+
+    def other(tensor: torch.Tensor) -> torch.Tensor:
+        if isinstance(tensor, nn.Parameter):
+            return parameter(tensor)
+        if id(tensor) not in others:
+            others[id(tensor)] = buffer(tensor)
+        return others[id(tensor)]
+
+    try:
+        with torch.no_grad():
+            for module, attributes, parameters, buffers, _ in saved:
+                for name, tensor in (parameters | buffers).items():
+                    if tensor is not None:
+                        (module._parameters if name in parameters else module._buffers)[name] = other(tensor)  # type: ignore[assignment]
+                for name, value in attributes.items():
+                    if name not in _OF_MODULES:
+                        vars(module)[name] = _copy(value, other)
+        yield
+    finally:
+        for module, attributes, parameters, buffers, modules in saved:
+            vars(module).clear()
+            vars(module).update(attributes)
+            tables: Any = ((module._parameters, parameters), (module._buffers, buffers), (module._modules, modules))
+            for now, then in tables:
+                now.clear()
+                now.update(then)
+        _set_random_states(states)
+
+
+def _all_modules(root: nn.Module) -> Iterator[nn.Module]:
+    """Yield every module that ``root`` can reach, also through plain lists and mappings."""
+    seen: set[int] = set()
+    stack: list[Any] = [root]
+    while stack:
+        item = stack.pop()
+        if item is None or id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, nn.Module):
+            yield item
+            stack += item._modules.values()
+            stack += (v for k, v in vars(item).items() if k not in _OF_MODULES and isinstance(v, (list, tuple, dict)))
+        elif isinstance(item, dict):
+            stack += (v for v in item.values() if isinstance(v, (nn.Module, list, tuple, dict)))
+        elif isinstance(item, (list, tuple)):
+            stack += (v for v in item if isinstance(v, (nn.Module, list, tuple, dict)))
+
+
+def _copy(value: Any, other: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    if isinstance(value, torch.Tensor):
+        return other(value) if value.is_leaf or not value.requires_grad else value
+    if type(value) in (list, tuple, set, deque):
+        if any(isinstance(item, (torch.Tensor, list, tuple, dict, set, deque)) for item in value):
+            return type(value)(_copy(item, other) for item in value)
+        return value if type(value) is tuple else type(value)(value)
+    if isinstance(value, dict):
+        copied = value.copy()
+        for key, item in value.items():
+            if isinstance(item, (torch.Tensor, list, tuple, dict, set, deque)):
+                copied[key] = _copy(item, other)
+        return copied
+    return value
+
+
+def _random_states() -> dict[str, Any]:
+    states: dict[str, Any] = {"torch": torch.get_rng_state(), "random": random.getstate()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    if "numpy" in sys.modules:
+        states["numpy"] = sys.modules["numpy"].random.get_state()
+    return states
+
+
+def _set_random_states(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["torch"])
+    random.setstate(states["random"])
+    if "cuda" in states:
+        torch.cuda.set_rng_state_all(states["cuda"])
+    if "numpy" in states:
+        sys.modules["numpy"].random.set_state(states["numpy"])
