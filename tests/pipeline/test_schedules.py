@@ -45,7 +45,7 @@ def test_forward_only_runs_on_every_placement():
 
 
 @pytest.mark.parametrize("latency", [0.0, 0.3, 2.0])
-@pytest.mark.parametrize("name", ["zero_bubble", "zbv", "forward"])
+@pytest.mark.parametrize("name", ["zero_bubble", "zbv"])
 def test_orders_made_for_unequal_costs_run_too(name, latency):
     for ranks, m in itertools.product((1, 2, 3, 5), (1, 2, 5, 8, 13)):
         stages = ranks * rounds(name)[0]
@@ -56,9 +56,8 @@ def test_orders_made_for_unequal_costs_run_too(name, latency):
         ):
             schedule = build(name, stages, m, ranks=ranks, costs=costs)
             check(schedule)
-            assert simulate(schedule, costs).makespan <= simulate(
-                build(name, stages, m, ranks=ranks), costs
-            ).makespan * (1 + 1e-9 if name != "forward" else 1.2)
+            blind = build(name, stages, m, ranks=ranks)
+            assert simulate(schedule, costs).makespan <= simulate(blind, costs).makespan * (1 + 1e-9)
 
 
 def kept(schedule: Schedule) -> list[int]:
@@ -75,10 +74,9 @@ def test_activations_in_flight():
         assert max(kept(build("zbv", 2 * p, m))) <= 2 * p  # in halves: as 1F1B's first rank
         assert kept(build("forward", p, m)) == [1] * p
         for v in (2, 3):
-            first = min(v * p * -(-m // p), 2 * (p - 1) + (v - 1) * p + 1)  # Megatron-LM's warm-up, and one
-            most = kept(build("interleaved", v * p, m, ranks=p))[0]
-            assert most <= first
-            assert m % p or most == first
+            group = -(-m // max(1, m // p))  # Megatron-LM's where m is a multiple of p
+            first = min(v * m, 2 * (p - 1) + (v - 1) * group + 1)  # forwards before the first backward, and one
+            assert kept(build("interleaved", v * p, m, ranks=p))[0] == first
 
 
 def test_bubbles_of_4_stages_and_8_micro_batches():
@@ -152,7 +150,7 @@ def test_what_cannot_be_built_is_refused(arguments, words):
 
 
 def test_a_formula_is_not_given_where_none_is_known():
-    assert theory(build("interleaved", 8, 5, ranks=4)) is None
+    assert theory(build("interleaved", 8, 3, ranks=4)) is None
     assert theory(build("1f1b", 4, 8), Costs(latency=0.1)) is None
     assert theory(build("1f1b", 2, 8), Costs(scale=(1.0, 2.0))) is None
     assert theory(build("zbv", 8, 7)) is None
