@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
 from lit_zero.core.errors import ConfigError
+from lit_zero.pipeline.actions import Compute
 from lit_zero.pipeline.checking import check
-from lit_zero.pipeline.schedule import Schedule, in_flight, loop, vee
+from lit_zero.pipeline.one_piece import gpipe
+from lit_zero.pipeline.schedule import Order, Placement, Schedule, in_flight, loop, vee
 from lit_zero.pipeline.schedules import RECIPES, build, forward_only, theory
 from lit_zero.pipeline.timing import Costs, simulate
 
@@ -24,13 +27,26 @@ def rounds(name: str) -> tuple[int, ...]:
 def test_each_is_complete_and_runs_and_takes_the_time_of_theory(name):
     known = 0
     for ranks, v, m in itertools.product(RANKS, rounds(name), MICRO_BATCHES):
-        schedule = build(name, ranks * v, m, ranks=ranks)
-        check(schedule)
+        schedule = build(name, ranks * v, m, ranks=ranks)  # is checked; see test_what_is_built_is_checked
         formula = theory(schedule)
         if formula is not None:
             known += 1
             assert simulate(schedule).bubble_fraction == pytest.approx(formula, abs=1e-9), str(schedule)
     assert known >= 52  # of each there is a formula for some: 8 to 20 micro-batches on 4 ranks and on fewer at least
+
+
+def test_what_is_built_is_checked(monkeypatch):
+    def wrong(placement: Placement, micro_batches: int, costs: Costs) -> tuple[Order, ...]:
+        return gpipe(placement, micro_batches)[::-1]
+
+    monkeypatch.setitem(RECIPES, "gpipe", replace(RECIPES["gpipe"], order=wrong))
+    with pytest.raises(
+        ConfigError, match="'gpipe' cannot run: rank 0, place 0, F1.0 stands on the wrong rank: stage 1"
+    ):
+        build("gpipe", 2, 3)
+    monkeypatch.setattr("lit_zero.pipeline.schedules.greedy", lambda *_, **__: ((Compute("F", 0, 0),), ()))
+    with pytest.raises(ConfigError, match="'forward' cannot run: rank 1 runs nothing for stage 1 and micro-batch 0"):
+        forward_only((0, 1, 1, 0), 1)
 
 
 def test_forward_only_runs_on_every_placement():
@@ -65,7 +81,7 @@ def kept(schedule: Schedule) -> list[int]:
 
 
 def test_activations_in_flight():
-    for p, m in itertools.product(RANKS, MICRO_BATCHES):
+    for p, m in itertools.product((1, 2, 3, 4, 6), (1, 2, 3, 4, 5, 7, 11, 12)):
         assert kept(build("gpipe", p, m)) == [m] * p
         assert kept(build("1f1b", p, m)) == [min(m, p - rank) for rank in range(p)]  # PipeDream-flush
         assert max(kept(build("zero_bubble", p, m))) <= p  # as 1F1B's first rank
