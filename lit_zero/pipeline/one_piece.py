@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from itertools import chain
 
 from lit_zero.pipeline.actions import BACKWARD, FORWARD
@@ -47,12 +46,13 @@ def one_forward_one_backward(placement: Placement, micro_batches: int) -> tuple[
 def interleaved(placement: Placement, micro_batches: int) -> tuple[Order, ...]:
     """Return 1F1B over several stages per rank: the pipeline fills in smaller steps, so the bubble is smaller.
 
-    Micro-batches travel in groups of as many as there are ranks. A last group that is not full is cut out of a full
-    one, which keeps it correct, though it waits longer than the formula says.
+    Micro-batches go through a rank's stages in groups (see ``groups``). Megatron-LM makes groups of exactly as many as
+    there are ranks, and wants a multiple of it; here any number has the bubble of the formula, at the price of somewhat
+    more activations.
 
     Args:
         placement: by ``loop``.
-        micro_batches: any number; a multiple of the number of ranks has the smallest bubble.
+        micro_batches: any number; with fewer than ranks the pipeline never fills.
 
     Source: Narayanan et al., "Efficient Large-Scale Language Model Training on GPU Clusters Using Megatron-LM", 2021,
     section 2.2.2; the number of forwards before the first backward is Megatron-LM's.
@@ -61,14 +61,46 @@ def interleaved(placement: Placement, micro_batches: int) -> tuple[Order, ...]:
     rounds = len(placement) // ranks
     if rounds == 1:
         return one_forward_one_backward(placement, micro_batches)
-    groups = math.ceil(micro_batches / ranks)
+    sizes = groups(micro_batches, ranks)
     orders = []
     for rank in range(ranks):
         own = range(rank, len(placement), ranks)
-        forwards = [(FORWARD, stage) for stage in own for _ in range(ranks)] * groups
-        backwards = [(BACKWARD, stage) for stage in reversed(own) for _ in range(ranks)] * groups
-        warmup = min(2 * (ranks - 1 - rank) + (rounds - 1) * ranks, len(forwards))
+        forwards = [(FORWARD, stage) for size in sizes for stage in own for _ in range(size)]
+        backwards = [(BACKWARD, stage) for size in sizes for stage in reversed(own) for _ in range(size)]
+        warmup = min(2 * (ranks - 1 - rank) + (rounds - 1) * sizes[0], len(forwards))
         pairs = zip(forwards[warmup:], backwards, strict=False)
         pattern = [*forwards[:warmup], *chain.from_iterable(pairs), *backwards[len(forwards) - warmup :]]
         orders.append(numbered(pattern, micro_batches))
     return tuple(orders)
+
+
+def forward_in_rounds(placement: Placement, micro_batches: int) -> tuple[Order, ...]:
+    """Return the forwards of ``interleaved`` alone.
+
+    Args:
+        placement: by ``loop``.
+        micro_batches: any number.
+    """
+    ranks = max(placement) + 1
+    sizes = groups(micro_batches, ranks)
+    orders = []
+    for rank in range(ranks):
+        own = range(rank, len(placement), ranks)
+        pattern = [(FORWARD, stage) for size in sizes for stage in own for _ in range(size)]
+        orders.append(numbered(pattern, micro_batches))
+    return tuple(orders)
+
+
+def groups(micro_batches: int, ranks: int) -> list[int]:
+    """Return how many micro-batches go through a rank's first stage before the first of them goes through its second.
+
+    Each group is at least as many as there are ranks, so that the first is back when the last has left, and they differ
+    by one at most. With fewer micro-batches than ranks it is one group with places left empty.
+
+    Args:
+        micro_batches: how many.
+        ranks: how many.
+    """
+    number = max(1, micro_batches // ranks)
+    size, longer = divmod(max(micro_batches, ranks), number)
+    return [size + 1] * longer + [size] * (number - longer)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from lit_zero.core.errors import ConfigError, did_you_mean
-from lit_zero.pipeline.checking import check
 from lit_zero.pipeline.drawing import svg, text
 from lit_zero.pipeline.raster import png
 from lit_zero.pipeline.schedule import Schedule, in_flight
@@ -25,7 +24,6 @@ def report(schedule: Schedule, costs: Costs, width: int | None = None) -> str:
     Raises:
         ConfigError: if the schedule is broken.
     """
-    check(schedule)
     timeline = simulate(schedule, costs)
     formula = theory(schedule, costs)
     said = "no formula for these numbers" if formula is None else f"theory {formula:.1%}"

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from lit_zero.core.errors import ConfigError, check_choice
+from lit_zero.pipeline.checking import check
 from lit_zero.pipeline.greedy import greedy
-from lit_zero.pipeline.one_piece import gpipe, interleaved, one_forward_one_backward
+from lit_zero.pipeline.one_piece import forward_in_rounds, gpipe, interleaved, one_forward_one_backward
 from lit_zero.pipeline.schedule import Order, Placement, Schedule, loop, vee
 from lit_zero.pipeline.timing import EQUAL, Costs
 from lit_zero.pipeline.zero_bubble import zbv, zero_bubble
@@ -35,7 +36,7 @@ class Recipe:
 
 def _fill(p: int, v: int, m: int, costs: Costs) -> float | None:
     """Filling and draining take ``p - 1`` stages beside ``v * m`` of work (GPipe 2019, 2.3; Megatron-LM 2021, 2.2)."""
-    return (p - 1) / (v * m + p - 1) if v == 1 or m % p == 0 else None
+    return (p - 1) / (v * m + p - 1) if v == 1 or m >= p else None
 
 
 def _h1(p: int, v: int, m: int, costs: Costs) -> float | None:
@@ -62,7 +63,7 @@ RECIPES = {
     "zbv": Recipe("ZB-V: a split backward, two stages per rank, down and up again", zbv, 2, "vee", _v),
     "forward": Recipe(
         "no backward, for evaluation and prediction",
-        lambda at, m, costs: greedy(at, m, costs, backward=False),
+        lambda at, m, _: forward_in_rounds(at, m),
         None,
         "loop",
         _fill,
@@ -72,7 +73,7 @@ DEFAULT_ROUNDS = {"interleaved": 2}  # stages per rank where neither these nor r
 
 
 def build(name: str, stages: int, micro_batches: int, *, ranks: int | None = None, costs: Costs = EQUAL) -> Schedule:
-    """Return a schedule by name.
+    """Return a schedule by name, checked to be complete and free of deadlock.
 
     Args:
         name: ``gpipe``, ``1f1b``, ``interleaved``, ``zero_bubble``, ``zbv`` or ``forward``.
@@ -80,7 +81,7 @@ def build(name: str, stages: int, micro_batches: int, *, ranks: int | None = Non
         micro_batches: how many a step has; every schedule can do with any number.
         ranks: how many ranks share the stages; by default as many as the schedule has stages for, at two per rank with
             ``interleaved`` and ``zbv``, else at one.
-        costs: how long things take, by which ``zero_bubble``, ``zbv`` and ``forward`` choose their order.
+        costs: how long things take, by which ``zero_bubble`` and ``zbv`` choose their order; the same on all ranks.
 
     Raises:
         ConfigError: naming ``pipeline.schedule``, ``pipeline.stages`` or ``pipeline.micro_batches``, and what fits.
@@ -103,18 +104,29 @@ def build(name: str, stages: int, micro_batches: int, *, ranks: int | None = Non
             f"{each} on every rank. pipeline.stages={ranks * rounds} fits.{more}"
         )
     placement = vee(ranks) if recipe.placement == "vee" else loop(ranks, rounds)
-    return Schedule(name, placement, micro_batches, recipe.order(placement, micro_batches, costs), name != "forward")
+    orders = recipe.order(placement, micro_batches, costs)
+    return _checked(Schedule(name, placement, micro_batches, orders, backward=name != "forward"))
 
 
 def forward_only(placement: Placement, micro_batches: int, costs: Costs = EQUAL) -> Schedule:
-    """Return the schedule without gradients for stages that are placed already, for training with another schedule.
+    """Return the schedule without gradients for stages that are placed already, by any other schedule or by hand.
 
     Args:
         placement: the rank of every stage.
         micro_batches: how many; any number.
-        costs: how long things take.
+        costs: how long things take, by which the order is chosen where no closed form is known; the same on all ranks.
     """
-    return Schedule("forward", placement, micro_batches, greedy(placement, micro_batches, costs, backward=False), False)
+    ranks = max(placement) + 1
+    if placement == loop(ranks, len(placement) // ranks):
+        orders = forward_in_rounds(placement, micro_batches)
+    else:
+        orders = greedy(placement, micro_batches, costs, backward=False)
+    return _checked(Schedule("forward", placement, micro_batches, orders, backward=False))
+
+
+def _checked(schedule: Schedule) -> Schedule:
+    check(schedule)
+    return schedule
 
 
 def theory(schedule: Schedule, costs: Costs = EQUAL) -> float | None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
 from lit_zero.core.errors import ConfigError
+from lit_zero.pipeline.actions import Compute
 from lit_zero.pipeline.checking import check
-from lit_zero.pipeline.schedule import Schedule, in_flight, loop, vee
+from lit_zero.pipeline.one_piece import gpipe
+from lit_zero.pipeline.schedule import Order, Placement, Schedule, in_flight, loop, vee
 from lit_zero.pipeline.schedules import RECIPES, build, forward_only, theory
 from lit_zero.pipeline.timing import Costs, simulate
 
@@ -24,13 +27,26 @@ def rounds(name: str) -> tuple[int, ...]:
 def test_each_is_complete_and_runs_and_takes_the_time_of_theory(name):
     known = 0
     for ranks, v, m in itertools.product(RANKS, rounds(name), MICRO_BATCHES):
-        schedule = build(name, ranks * v, m, ranks=ranks)
-        check(schedule)
+        schedule = build(name, ranks * v, m, ranks=ranks)  # is checked; see test_what_is_built_is_checked
         formula = theory(schedule)
         if formula is not None:
             known += 1
             assert simulate(schedule).bubble_fraction == pytest.approx(formula, abs=1e-9), str(schedule)
     assert known >= 52  # of each there is a formula for some: 8 to 20 micro-batches on 4 ranks and on fewer at least
+
+
+def test_what_is_built_is_checked(monkeypatch):
+    def wrong(placement: Placement, micro_batches: int, costs: Costs) -> tuple[Order, ...]:
+        return gpipe(placement, micro_batches)[::-1]
+
+    monkeypatch.setitem(RECIPES, "gpipe", replace(RECIPES["gpipe"], order=wrong))
+    with pytest.raises(
+        ConfigError, match="'gpipe' cannot run: rank 0, place 0, F1.0 stands on the wrong rank: stage 1"
+    ):
+        build("gpipe", 2, 3)
+    monkeypatch.setattr("lit_zero.pipeline.schedules.greedy", lambda *_, **__: ((Compute("F", 0, 0),), ()))
+    with pytest.raises(ConfigError, match="'forward' cannot run: rank 1 runs nothing for stage 1 and micro-batch 0"):
+        forward_only((0, 1, 1, 0), 1)
 
 
 def test_forward_only_runs_on_every_placement():
@@ -45,7 +61,7 @@ def test_forward_only_runs_on_every_placement():
 
 
 @pytest.mark.parametrize("latency", [0.0, 0.3, 2.0])
-@pytest.mark.parametrize("name", ["zero_bubble", "zbv", "forward"])
+@pytest.mark.parametrize("name", ["zero_bubble", "zbv"])
 def test_orders_made_for_unequal_costs_run_too(name, latency):
     for ranks, m in itertools.product((1, 2, 3, 5), (1, 2, 5, 8, 13)):
         stages = ranks * rounds(name)[0]
@@ -56,9 +72,8 @@ def test_orders_made_for_unequal_costs_run_too(name, latency):
         ):
             schedule = build(name, stages, m, ranks=ranks, costs=costs)
             check(schedule)
-            assert simulate(schedule, costs).makespan <= simulate(
-                build(name, stages, m, ranks=ranks), costs
-            ).makespan * (1 + 1e-9 if name != "forward" else 1.2)
+            blind = build(name, stages, m, ranks=ranks)
+            assert simulate(schedule, costs).makespan <= simulate(blind, costs).makespan * (1 + 1e-9)
 
 
 def kept(schedule: Schedule) -> list[int]:
@@ -66,7 +81,7 @@ def kept(schedule: Schedule) -> list[int]:
 
 
 def test_activations_in_flight():
-    for p, m in itertools.product(RANKS, MICRO_BATCHES):
+    for p, m in itertools.product((1, 2, 3, 4, 6), (1, 2, 3, 4, 5, 7, 11, 12)):
         assert kept(build("gpipe", p, m)) == [m] * p
         assert kept(build("1f1b", p, m)) == [min(m, p - rank) for rank in range(p)]  # PipeDream-flush
         assert max(kept(build("zero_bubble", p, m))) <= p  # as 1F1B's first rank
@@ -75,10 +90,9 @@ def test_activations_in_flight():
         assert max(kept(build("zbv", 2 * p, m))) <= 2 * p  # in halves: as 1F1B's first rank
         assert kept(build("forward", p, m)) == [1] * p
         for v in (2, 3):
-            first = min(v * p * -(-m // p), 2 * (p - 1) + (v - 1) * p + 1)  # Megatron-LM's warm-up, and one
-            most = kept(build("interleaved", v * p, m, ranks=p))[0]
-            assert most <= first
-            assert m % p or most == first
+            group = -(-m // max(1, m // p))  # Megatron-LM's where m is a multiple of p
+            first = min(v * m, 2 * (p - 1) + (v - 1) * group + 1)  # forwards before the first backward, and one
+            assert kept(build("interleaved", v * p, m, ranks=p))[0] == first
 
 
 def test_bubbles_of_4_stages_and_8_micro_batches():
@@ -152,7 +166,7 @@ def test_what_cannot_be_built_is_refused(arguments, words):
 
 
 def test_a_formula_is_not_given_where_none_is_known():
-    assert theory(build("interleaved", 8, 5, ranks=4)) is None
+    assert theory(build("interleaved", 8, 3, ranks=4)) is None
     assert theory(build("1f1b", 4, 8), Costs(latency=0.1)) is None
     assert theory(build("1f1b", 2, 8), Costs(scale=(1.0, 2.0))) is None
     assert theory(build("zbv", 8, 7)) is None
