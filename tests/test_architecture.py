@@ -30,9 +30,8 @@ ALLOWED: dict[str, set[str]] = {
         "lit_zero.comm.exchange",  # the interface; which exchange it is, the strategy decides
         "lit_zero.precision.policy",
     },
-    "lit_zero.pipeline": {"lit_zero.core"},
     "lit_zero.checkpoint": {"lit_zero.core", "lit_zero.comm.world", "lit_zero._version"},
-    "lit_zero.pipeline": {"lit_zero.core"},
+    "lit_zero.pipeline": {"lit_zero.core", "lit_zero.comm.transport", "lit_zero.comm.graph_cut"},
     "lit_zero.config": {"lit_zero.core"},
     "lit_zero.strategy": {
         "lit_zero.core",

@@ -133,8 +133,8 @@ class Transport:
         message = self._coming.pop(key).result()
         if message.key != key:
             raise LitZeroError(
-                f"Position {self.position} of the pipeline waited for {key} and got {message.key}: the ranks do not run "
-                "the same schedule. Every rank must have the same settings and as many micro-batches."
+                f"Position {self.position} of the pipeline waited for {key} and got {message.key}: the ranks do not "
+                "run the same schedule. Every rank must have the same settings and as many micro-batches."
             )
         return message
 

@@ -34,8 +34,8 @@ class Grid:
         if ranks % pipeline:
             fitting = [n for n in range(1, ranks + 1) if ranks % n == 0]
             raise ConfigError(
-                f"A pipeline takes {pipeline} ranks, which do not divide the {ranks} ranks of this run (trainer.devices "
-                f"times trainer.num_nodes). Start a multiple of {pipeline} ranks, or choose pipeline.stages so that a "
+                f"A pipeline takes {pipeline} ranks, which do not divide the {ranks} ranks of this run "
+                f"(trainer.devices times trainer.num_nodes). Start a multiple of {pipeline} ranks, or choose pipeline.stages so that a "
                 f"pipeline takes one of {', '.join(map(str, fitting))} ranks."
             )
         return cls(pipeline, ranks // pipeline)

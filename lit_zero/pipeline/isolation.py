@@ -34,7 +34,7 @@ def isolated(
     """
     found = list(_all_modules(root))
     saved = [(m, dict(vars(m)), dict(m._parameters), dict(m._buffers), dict(m._modules)) for m in found]
-    states = _random_states()
+    states = random_states()
     others: dict[int, torch.Tensor] = {}
 
     def other(tensor: torch.Tensor) -> torch.Tensor:
@@ -62,7 +62,7 @@ def isolated(
             for now, then in tables:
                 now.clear()
                 now.update(then)
-        _set_random_states(states)
+        set_random_states(states)
 
 
 def _all_modules(root: nn.Module) -> Iterator[nn.Module]:
@@ -100,7 +100,8 @@ def _copy(value: Any, other: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     return value
 
 
-def _random_states() -> dict[str, Any]:
+def random_states() -> dict[str, Any]:
+    """Return the state of all random generators."""
     states: dict[str, Any] = {"torch": torch.get_rng_state(), "random": random.getstate()}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         states["cuda"] = torch.cuda.get_rng_state_all()
@@ -109,7 +110,8 @@ def _random_states() -> dict[str, Any]:
     return states
 
 
-def _set_random_states(states: dict[str, Any]) -> None:
+def set_random_states(states: dict[str, Any]) -> None:
+    """Go on from what :func:`random_states` gave."""
     torch.set_rng_state(states["torch"])
     random.setstate(states["random"])
     if "cuda" in states:

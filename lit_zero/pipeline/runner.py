@@ -19,8 +19,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
+from lit_zero.comm.graph_cut import stage_backward_input, stage_backward_weight
 from lit_zero.comm.transport import Message as Parcel
 from lit_zero.comm.transport import Transport
 from lit_zero.pipeline.actions import (
@@ -32,6 +32,7 @@ from lit_zero.pipeline.actions import (
     WAIT,
     WEIGHTS,
     Compute,
+    Message,
     Step,
     Transfer,
     given,
@@ -51,6 +52,9 @@ class Work(Protocol):
 
     def backward(self, last: bool, run: Callable[[], None]) -> None:
         """Run something that makes gradients of parameters; ``last``: nothing of this step makes any after it."""
+
+    def finish(self) -> None:
+        """Complete what the last backward has begun; nobody waits for this rank any more."""
 
     def landed(self, param: nn.Parameter) -> None:
         """Take the gradient that stands in ``param.grad``."""
@@ -97,7 +101,9 @@ class Runner:
         Returns:
             What the user's step has returned for each micro-batch, on the rank of the last stage; empty elsewhere.
         """
-        self._work, self._visits, self._here = work, {}, {}
+        self._work = work
+        self._visits: dict[tuple[int, int], _Visit] = {}
+        self._here: dict[Message, Parcel] = {}
         self._results: dict[int, Any] = {}
         training = any(isinstance(step, Compute) and step.kind != FORWARD for step in steps)
         closing = max(
@@ -118,6 +124,7 @@ class Runner:
             if self.timeline is not None:
                 self.timeline.append((step, start, time.perf_counter()))
         self._transport.flush()
+        work.finish()
         return self._results
 
     # ---- messages
@@ -181,15 +188,12 @@ class Runner:
     def _inputs(self, action: Compute) -> None:
         visit = self._visits[action.stage, action.micro_batch]
         if action.stage == 0:  # there is nobody to send a gradient to; ``W`` does all
-            visit.branches = [{"action": action._replace(kind=BACKWARD)}]
             return
         outputs, grads = self._gradients(action, visit)
         if outputs:
             starts = [torch.ones_like(t) if g is None else g for t, g in zip(outputs, grads, strict=True)]
             leaves = [t for t in visit.received if t.requires_grad]
-            _, visit.branches = stage_backward_input(
-                outputs, starts, leaves, iter(self._parameters[action.stage])
-            )
+            _, visit.branches = stage_backward_input(outputs, starts, leaves, iter(self._parameters[action.stage]))
         visit.outputs = []
         self._return(action, visit)
         visit.received = []
@@ -214,4 +218,3 @@ class Runner:
         for param in parameters:
             if param.grad is not None:
                 self._work.landed(param)
-

@@ -17,7 +17,9 @@ from lit_zero.comm.open import open_exchange
 from lit_zero.comm.policy import Comm
 from lit_zero.comm.roll_call import RollCall
 from lit_zero.core.errors import ConfigError, LitZeroError, check_choice
+from lit_zero.pipeline.policy import Pipeline
 from lit_zero.precision.policy import Lowering, Precision
+from lit_zero.strategy.arguments import instance
 from lit_zero.strategy.averaging import StochasticOnShards, WeightAveragingOnShards
 from lit_zero.strategy.becoming import BecomesFabric
 from lit_zero.strategy.checkpoints import Checkpoints
@@ -28,6 +30,7 @@ from lit_zero.strategy.layers import refuse_max_norm, refuse_norms_that_do_more,
 from lit_zero.strategy.loading import Loading
 from lit_zero.strategy.manual import toggle_parameters, untouched
 from lit_zero.strategy.overlay import lay_over
+from lit_zero.strategy.piping import Piping
 from lit_zero.strategy.precision import bare, hold_with_skipped_steps, lowered_dtype, over_shards
 from lit_zero.strategy.pretrained import Pending
 from lit_zero.strategy.processes import choose_launcher
@@ -37,7 +40,6 @@ from lit_zero.strategy.refusals import (
     refuse_tensors_without_memory,
     refuse_unsupported,
 )
-from lit_zero.strategy.talking import Talking
 from lit_zero.zero.access import Access
 from lit_zero.zero.engine import Engine
 from lit_zero.zero.policy import Placement, Zero
@@ -46,7 +48,7 @@ from lit_zero.zero.units import plan_units
 _CALLBACKS = (WeightAveragingOnShards, StochasticOnShards, PruningOnShards)
 
 
-class ZeroStrategy(BecomesFabric, Loading, Talking):
+class ZeroStrategy(BecomesFabric, Loading, Piping):
     """Trains a LightningModule with its model states sharded over the ranks; results equal those of one process.
 
     ``Trainer(strategy=ZeroStrategy("stage3"))``, or by name once lit_zero is imported: ``Trainer(strategy="zero3")``.
@@ -59,6 +61,8 @@ class ZeroStrategy(BecomesFabric, Loading, Talking):
         comm: how bytes travel.
         checkpoint: format of what is written, ``"full"`` (one plain ``.ckpt``) or ``"sharded"`` (a folder). Both are
             read.
+        pipeline: pieces of the module on several ranks, a :class:`~lit_zero.pipeline.policy.Pipeline`. ``"none"``:
+            every rank runs the whole module.
         nonfinite_loss: ``"error"``: a loss that is NaN or infinite ends the run before it can reach a weight (not in
             ``16-mixed``, where the loss scaler skips the step). ``"ignore"``: train on, as Lightning does.
         nonfinite_norm: ``"error"``: a gradient norm that is to be clipped and is NaN or infinite ends the run before it
@@ -88,6 +92,7 @@ class ZeroStrategy(BecomesFabric, Loading, Talking):
         precision: Precision | None = None,
         comm: Comm | None = None,
         checkpoint: str | Checkpoint = "full",
+        pipeline: str | Pipeline = "none",
         nonfinite_loss: Literal["error", "ignore"] = "error",
         nonfinite_norm: Literal["error", "ignore"] = "error",
         timeout: float | timedelta = 1800.0,
@@ -102,6 +107,7 @@ class ZeroStrategy(BecomesFabric, Loading, Talking):
         self._settle(zero, precision, comm, checkpoint, nonfinite_loss, nonfinite_norm, timeout, process_group_backend)
         check_choice("start_method", start_method, ("popen", "spawn", "fork", "forkserver"))
         self._start_method = start_method
+        self._open_stages(Pipeline(pipeline) if isinstance(pipeline, str) else instance("pipeline", pipeline, Pipeline))
         self._engine: Engine | None = None
         self._checkpoints: Checkpoints | None = None
         self.pretrained = Pending()
@@ -197,16 +203,20 @@ class ZeroStrategy(BecomesFabric, Loading, Talking):
                 if config.interval == "step":
                     hold_with_skipped_steps(config.scheduler, self.precision_plugin)
         lowering = Lowering(self.precision_policy, lowered_dtype(self.precision_plugin))
+        pieces = self.stages.plan(trainer)
+        groups = self.grid.data_groups()
         self._engine = Engine(
             module,
             self.optimizers if fitting else (),
-            zero=self.zero,
-            exchange=open_exchange(self.comm, self.root_device, lowering.reduce_dtype, self.timeout),
+            zero=self.stages.zero(self.zero),
+            exchange=open_exchange(self.comm, self.root_device, lowering.reduce_dtype, self.timeout, groups),
             device=self.root_device,
             lowering=lowering,
             training=fitting,
             keep_gradients=fitting and not module.automatic_optimization,
+            **pieces,
         )
+        self.stages.attach(self._engine)
         if fitting:
             toggle_parameters(module, lambda: self.engine)
             name_groups(trainer, lambda: self.engine)

@@ -214,7 +214,21 @@ class Binding:
                 grads[segment.lane] = segment.lane.master_grad()
             grad = grads[segment.lane]
             segment.param.grad = grad[segment.first : segment.last].view_as(segment.param)
-            segment.copied = None if is_live(segment.lane, grad) else segment.param.grad._version
+            segment.attached = segment.param.grad._version
+            segment.copied = None if is_live(segment.lane, grad) else segment.attached
+
+    def refuse_overwritten(self) -> None:
+        """Raise if gradients that were handed over have been written to.
+
+        Raises:
+            LitZeroError: then.
+        """
+        for segment in self.segments:
+            if segment.param.grad is not None and segment.param.grad._version != segment.attached:
+                raise LitZeroError(
+                    "Gradients were zeroed in place between training_step and backward. In a pipeline they are "
+                    "complete by then, and would be lost. Use zero_grad(set_to_none=True) in optimizer_zero_grad."
+                )
 
     def _check_groups(self) -> None:
         if self.foreign():

@@ -128,6 +128,7 @@ class Engine(Clipping):
         self._keep, self._training = keep_gradients, training
         self.buffers = SharedBuffers(model, exchange, self.device)
         self._gradient_bytes = 0
+        self._attached: list[tuple[Binding, set[Lane], set[str]]] = []  # by the last backward
         self._assemble()
         self._handles.append(model.register_forward_pre_hook(self._before_model, prepend=True))
         for lane in self.lanes:
@@ -215,7 +216,8 @@ class Engine(Clipping):
             handle.remove()
         self._handles.clear()
         self._hooks.remove()
-        self.exchange.close()
+        for exchange in {id(each): each for each in (self.exchange, self.everyone, *self._ties.values())}.values():
+            exchange.close()
 
     # ---- forward
 
@@ -288,12 +290,14 @@ class Engine(Clipping):
             unit.calls = 0
         lanes = self._reducer.lanes
         unreached = set() if self._reducer.deferred else self._reach.unreached(lanes)
+        self._attached = []
         for binding in self.bindings:
             if set(lanes).isdisjoint(binding.lanes):
                 continue
             if unreached and binding.holds(unreached):
                 binding.split()
             binding.attach(set(lanes), unreached)
+            self._attached.append((binding, set(lanes), unreached))
         kept = chain(*(lane.state_tensors()["gradient"] for lane in self.lanes))
         copies = chain(*(binding.grads() for binding in self.bindings))
         self._gradient_bytes = storage_bytes(chain(kept, copies), set())
@@ -301,11 +305,25 @@ class Engine(Clipping):
     @contextlib.contextmanager
     def no_reduce(self) -> Iterator[None]:
         """Inside, a backward is one of several micro-batches of a step and not the last."""
-        self._reducer.deferred = True
+        before, self._reducer.deferred = self._reducer.deferred, True
         try:
             yield
         finally:
-            self._reducer.deferred = False
+            self._reducer.deferred = before
+
+    def take(self, param: nn.Parameter) -> None:
+        """Take the gradient in ``param.grad``, computed outside of autograd's backward but inside ours."""
+        self._hooks.take(param)
+
+    def publish(self) -> None:
+        """Hand the gradients of the last backward to the optimizers once more: something has cleared them since.
+
+        Raises:
+            LitZeroError: if it has overwritten them.
+        """
+        for binding, lanes, unreached in self._attached:
+            binding.refuse_overwritten()
+            binding.attach(lanes, unreached)
 
     def _gradient_comes(self) -> None:
         if not self._in_backward:  # the user called loss.backward() without us

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from lit_zero.core.errors import LitZeroError
 from lit_zero.core.nested import tensors_in
@@ -37,14 +38,19 @@ class Hooks:
         self._gatherer, self._reducer, self._gradient_comes = gatherer, reducer, gradient_comes
         self._model = units[0].module
         self._handles: list[Handle] = [KeptInPlace(self._model)]
+        self._takers: dict[nn.Parameter, Callable[[torch.Tensor], None]] = {}
         for number, unit in enumerate(units):
             if number > 0:
                 self._hook_forward(unit)
             for parcel in unit.parcels:
                 for lane in parcel.lanes:
                     for index, info in enumerate(lane.infos):
-                        hook = self._landing_hook(parcel, lane, index)
+                        hook, self._takers[info.param] = self._landing_hooks(parcel, lane, index)
                         self._handles.append(info.param.register_post_accumulate_grad_hook(hook))
+
+    def take(self, param: nn.Parameter) -> None:
+        """Take the gradient in ``param.grad``, which autograd has not put there; the parameter's unit is here."""
+        self._takers[param](param)
 
     def remove(self) -> None:
         """Take everything off again."""
@@ -89,15 +95,14 @@ class Hooks:
 
     # ---- backward
 
-    def _landing_hook(self, parcel: Parcel, lane: Lane, index: int) -> Callable[[torch.Tensor], None]:
+    def _landing_hooks(
+        self, parcel: Parcel, lane: Lane, index: int
+    ) -> tuple[Callable[[torch.Tensor], None], Callable[[torch.Tensor], None]]:
+        """Return what takes a gradient of a parameter in, where autograd brings it and where something else does."""
         unit = parcel.unit
 
         def landed(param: torch.Tensor) -> None:
-            assert param.grad is not None
-            grad, param.grad = param.grad.detach(), None  # with create_graph=True it has a graph of its own
             self._gradient_comes()
-            if grad.is_sparse:
-                grad = grad.to_dense()  # it travels in a flat buffer, where rows that nobody looked up are zeros
             backward = present_backward()
             here = unit.armed or unit.brought == backward  # armed: a part of it may be recomputed in a backward inside
             if unit.sharded and not here and not unit.outer:
@@ -109,12 +114,19 @@ class Hooks:
                     "tensors from it, or keep it out of zero.units."
                 )
             unit.reentrant |= unit.recomputed not in (-1, backward)
+            taken(param)
+
+        def taken(param: torch.Tensor) -> None:
+            assert param.grad is not None
+            grad, param.grad = param.grad.detach(), None  # with create_graph=True it has a graph of its own
+            if grad.is_sparse:
+                grad = grad.to_dense()  # it travels in a flat buffer, where rows that nobody looked up are zeros
             if self._reducer.land(parcel, lane, index, grad):
                 if unit.landed >= unit.expected and not unit.has_frozen:
                     self._gatherer.backward_ends(unit)
                 self._reducer.complete(parcel)
 
-        return landed
+        return landed, taken
 
 
 def _refuse_parameters(unit: Unit, output: Any) -> None:

@@ -23,6 +23,7 @@ class Segment:
         param: what the optimizer holds, a view of the master of shape ``[last - first]``.
         copied: version of the gradient that was handed over, if it is a copy: what is done to it does not reach the
             gradient that the next backward adds to.
+        attached: version of the gradient that was handed over last.
     """
 
     lane: Lane
@@ -30,6 +31,7 @@ class Segment:
     last: int
     param: nn.Parameter
     copied: int | None = None
+    attached: int | None = None
 
 
 def is_live(lane: Lane, grad: torch.Tensor) -> bool:

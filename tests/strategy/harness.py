@@ -36,12 +36,13 @@ class LitGPT(pl.LightningModule):
         optimizer: ``adamw`` or ``sgd``.
         lr: highest learning rate.
         tied: embedding and head share one weight.
+        layers: number of blocks.
     """
 
-    def __init__(self, optimizer: str = "sgd", lr: float = 0.1, tied: bool = True) -> None:
+    def __init__(self, optimizer: str = "sgd", lr: float = 0.1, tied: bool = True, layers: int = 3) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.model = GPT(VOCAB, tied=tied)
+        self.model = GPT(VOCAB, tied=tied, layers=layers)
         self.accuracy = MulticlassAccuracy(VOCAB, average="micro")  # its states are sums
 
     def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
@@ -163,7 +164,8 @@ def make_trainer(fit: Fit, folder: Path, **more: Any) -> pl.Trainer:
 
 def loaders(fit: Fit) -> tuple[DataLoader[Any], DataLoader[Any]]:
     """Return the training and the validation data of a rank."""
-    share = BATCH // fit.devices
+    pipeline = fit.zero.get("pipeline") if isinstance(fit.zero, dict) else None
+    share = BATCH // (fit.devices // (pipeline.ranks if pipeline else 1))
     return loader(fit.rows, 1, share, as_ranks=fit.zero == "auto"), loader(16, 2, share)
 
 

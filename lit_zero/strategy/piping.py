@@ -1,0 +1,88 @@
+"""The part of the strategy that runs steps through a pipeline: see ``stages``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lit_zero.core.grid import Grid
+from lit_zero.pipeline.policy import Pipeline
+from lit_zero.strategy.stages import OnePiece, Stages
+from lit_zero.strategy.talking import Talking
+
+
+class Piping(Talking):
+    """A strategy under which the module may be in several pieces, on ranks that pass micro-batches on.
+
+    Attributes:
+        pipeline: the user's choice.
+        stages: runs the steps.
+    """
+
+    pipeline: Pipeline
+    stages: OnePiece
+
+    def _open_stages(self, pipeline: Pipeline) -> None:
+        self.pipeline = pipeline
+        self.stages = OnePiece() if pipeline.schedule == "none" else Stages(self)
+
+    @property
+    def grid(self) -> Grid:
+        """How the ranks are laid out."""
+        return Grid.of(self.num_nodes * self.num_processes, self.pipeline.ranks)
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Ranks over which batches are divided."""
+        return self.grid.data
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Which share of the data this rank reads: the ranks of a pipeline read the same."""
+        return {"num_replicas": self.grid.data, "rank": self.grid.data_rank(self.global_rank)}
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the user's ``training_step``."""
+        return self.stages.run("training_step", super().training_step, args, kwargs)
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the user's ``validation_step``."""
+        return self.stages.run("validation_step", super().validation_step, args, kwargs)
+
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the user's ``test_step``."""
+        return self.stages.run("test_step", super().test_step, args, kwargs)
+
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the user's ``predict_step``."""
+        return self.stages.run("predict_step", super().predict_step, args, kwargs)
+
+    def backward(self, closure_loss: torch.Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Run the backward; in a pipeline, hand over the gradients that the step has made already."""
+        if self.stages.whole:
+            return super().backward(closure_loss, optimizer, *args, **kwargs)
+        self.pre_backward(closure_loss)
+        assert self.lightning_module is not None
+        closure_loss = self.precision_plugin.pre_backward(closure_loss, self.lightning_module)
+        self.stages.publish()
+        closure_loss = self.precision_plugin.post_backward(closure_loss, self.lightning_module)
+        self.post_backward(closure_loss)
+        return closure_loss
+
+    def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
+        """Reduce ``tensor`` over the data-parallel ranks; anything else is returned as it is."""
+        reduced = super().reduce(tensor, group, reduce_op)
+        if not isinstance(tensor, torch.Tensor) or self.stages.whole or group is not None:
+            return reduced
+        summed = "sum" in str(reduce_op).lower()  # "sum", or ReduceOp.SUM
+        if summed:  # every rank of a pipeline has added the same
+            whole = reduced / self.pipeline.ranks
+            return whole if tensor.is_floating_point() or tensor.is_complex() else whole.round().to(tensor.dtype)
+        return reduced
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        """Return whether all ranks, or any, have decided so."""
+        flag = torch.tensor(int(decision), device=self.root_device)
+        found = int(super().reduce(flag, reduce_op="min" if all else "max"))
+        return bool(found)
