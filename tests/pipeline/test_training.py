@@ -32,3 +32,24 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
 def test_equals_one_process(ranks: Any, alone: Outcome, tmp_path: Path) -> None:
     for result in ranks(2).run(train_all, [piped(stage) for stage in STAGES], tmp_path)[0]:
         equal(result, alone)
+
+
+SCHEDULES = {
+    "gpipe": {"schedule": "gpipe"},
+    "1f1b": {"schedule": "1f1b"},
+    "interleaved": {"schedule": "interleaved", "stages": 4},
+    "zero_bubble": {"schedule": "zero_bubble"},
+    "zbv": {"schedule": "zbv", "stages": 4},
+}
+
+
+def test_every_schedule(ranks: Any, alone: Outcome, tmp_path: Path) -> None:
+    fits = [piped("stage3", **given) for given in SCHEDULES.values()]
+    for name, result in zip(SCHEDULES, ranks(2).run(train_all, fits, tmp_path, timeout=120)[0], strict=True):
+        equal(result, alone)
+
+
+def test_four_ranks(ranks: Any, alone: Outcome, tmp_path: Path) -> None:
+    fits = [piped("stage2", 4, stages=4), *(piped(stage, 4) for stage in STAGES)]
+    for result in ranks(4).run(train_all, fits, tmp_path, timeout=120)[0]:
+        equal(result, alone)
