@@ -15,7 +15,7 @@ Parameters keep their identity and shape throughout; only the memory behind them
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -26,7 +26,6 @@ from torch.utils.hooks import RemovableHandle
 
 from lit_zero.comm.exchange import Exchange
 from lit_zero.core.holding import Holding
-from lit_zero.core.piece import ParamState, Piece
 from lit_zero.precision.policy import Lowering
 from lit_zero.zero.agreeing import Reach, SharedBuffers
 from lit_zero.zero.between import backward_is_running, when_over
@@ -34,6 +33,7 @@ from lit_zero.zero.binding import Binding
 from lit_zero.zero.build import build_lanes, empty, fill_lanes, group_names, number_groups
 from lit_zero.zero.calls import UNTRACED
 from lit_zero.zero.clipping import Clipping
+from lit_zero.zero.contents import Contents
 from lit_zero.zero.gathering import Gatherer
 from lit_zero.zero.guarding import refuse_lost_changes
 from lit_zero.zero.hooks import Hooks
@@ -46,7 +46,7 @@ from lit_zero.zero.unit import Unit
 from lit_zero.zero.units import plan_units
 
 
-class Engine(Clipping):
+class Engine(Clipping, Contents):
     """Shards a module and its optimizers over the ranks of an exchange. All ranks must build it together.
 
     Args:
@@ -221,19 +221,6 @@ class Engine(Clipping):
 
     # ---- forward
 
-    @property
-    def infos(self) -> list[ParamInfo]:
-        """All managed parameters, those that other ranks of the pipeline hold included; the same order on every
-        rank.
-        """
-        found = [*(info for lane in self.lanes for info in lane.infos), *self.absent]
-        return sorted(found, key=lambda info: self._position[info.name])
-
-    @property
-    def lanes(self) -> list[Lane]:
-        """All lanes of all units."""
-        return [lane for unit in self.units for lane in unit.lanes]
-
     def begin_forward(self, share_buffers: bool = True) -> None:
         """Make the root unit whole; call it before what runs without going through ``model.forward``.
 
@@ -374,35 +361,6 @@ class Engine(Clipping):
 
     # ---- what others may ask
 
-    def parameter_pieces(self, to_load: bool = False) -> list[Piece]:
-        """Return this rank's part of every parameter's master copy, in the same order on every rank.
-
-        Args:
-            to_load: all that this rank holds, as a destination; else every element belongs to exactly one rank.
-        """
-        here = [piece for lane in self.lanes for piece in lane.pieces(to_load)]
-        nothing = [
-            Piece(info.name, info.shape, 0, torch.empty(0, dtype=info.master_dtype, device=self.device))
-            for info in self.absent
-        ]
-        return sorted([*here, *nothing], key=lambda piece: self._position[piece.name])
-
-    def describe_states(self, index: int, gather: Callable[[Any], list[Any]]) -> dict[str, Any]:
-        """Return which state optimizer ``index`` has for which parameter, over all ranks.
-
-        Args:
-            index: number of the optimizer.
-            gather: returns every rank's value of an object, in rank order.
-        """
-        described: dict[str, Any] = {}
-        for found in gather(self.bindings[index].describe()):
-            described.update(found)
-        return described
-
-    def optimizer_pieces(self, index: int, described: dict[str, Any], to_load: bool = False) -> list[ParamState]:
-        """Return this rank's part of optimizer ``index``'s state, see :meth:`parameter_pieces`."""
-        return self.bindings[index].states(described, to_load)
-
     def wait_for_parameters(self) -> None:
         """Return when replicated parameters are up to date; sharded ones stay where they are."""
         for unit in self.units:
@@ -419,19 +377,3 @@ class Engine(Clipping):
         finally:
             unit.active -= 1
             self._gatherer.release(unit)
-
-    def model_state_bytes(self) -> dict[str, int]:
-        """Return the bytes of model states on this rank, counted from storages, each once.
-
-        Returns:
-            ``parameter``, ``master``, ``gradient`` and ``optimizer``: the model states of the ZeRO paper; gradients as
-            they stood between the last backward and its step. ``slots``: buffers in which gathered parameters and
-            landing gradients take turns, at their most.
-        """
-        seen: set[int] = set()
-        tensors = [lane.state_tensors() for lane in self.lanes]
-        found = {kind: storage_bytes(chain(*(t[kind] for t in tensors)), seen) for kind in ("parameter", "master")}
-        found["gradient"] = self._gradient_bytes
-        found["optimizer"] = storage_bytes(chain(*(binding.state_tensors() for binding in self.bindings)), seen)
-        found["slots"] = storage_bytes([s.buffer for s in self._gatherer.slots], seen) + self._reducer.peak_bytes
-        return found

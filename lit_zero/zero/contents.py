@@ -1,0 +1,94 @@
+"""What an engine holds, for those who save, load or count it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import chain
+from typing import Any
+
+import torch
+
+from lit_zero.core.piece import ParamState, Piece
+from lit_zero.zero.binding import Binding
+from lit_zero.zero.gathering import Gatherer
+from lit_zero.zero.lane import Lane, ParamInfo, storage_bytes
+from lit_zero.zero.reducing import Reducer
+from lit_zero.zero.unit import Unit
+
+
+class Contents:
+    """The parameters, masters and optimizer states of an engine.
+
+    Attributes:
+        units: all units with parameters on this rank, the root first.
+        bindings: what stands for each optimizer.
+        absent: parameters that other ranks of a pipeline hold.
+        device: where the model computes.
+    """
+
+    units: list[Unit]
+    bindings: list[Binding]
+    absent: list[ParamInfo]
+    device: torch.device
+    _position: dict[str, int]  # of every parameter in the order of registration
+    _gatherer: Gatherer
+    _reducer: Reducer
+    _gradient_bytes: int
+
+    @property
+    def infos(self) -> list[ParamInfo]:
+        """All managed parameters, those that other ranks of the pipeline hold included; the same order on every
+        rank.
+        """
+        found = [*(info for lane in self.lanes for info in lane.infos), *self.absent]
+        return sorted(found, key=lambda info: self._position[info.name])
+
+    @property
+    def lanes(self) -> list[Lane]:
+        """All lanes of all units."""
+        return [lane for unit in self.units for lane in unit.lanes]
+
+    def parameter_pieces(self, to_load: bool = False) -> list[Piece]:
+        """Return this rank's part of every parameter's master copy, in the same order on every rank.
+
+        Args:
+            to_load: all that this rank holds, as a destination; else every element belongs to exactly one rank.
+        """
+        here = [piece for lane in self.lanes for piece in lane.pieces(to_load)]
+        nothing = [
+            Piece(info.name, info.shape, 0, torch.empty(0, dtype=info.master_dtype, device=self.device))
+            for info in self.absent
+        ]
+        return sorted([*here, *nothing], key=lambda piece: self._position[piece.name])
+
+    def describe_states(self, index: int, gather: Callable[[Any], list[Any]]) -> dict[str, Any]:
+        """Return which state optimizer ``index`` has for which parameter, over all ranks.
+
+        Args:
+            index: number of the optimizer.
+            gather: returns every rank's value of an object, in rank order.
+        """
+        described: dict[str, Any] = {}
+        for found in gather(self.bindings[index].describe()):
+            described.update(found)
+        return described
+
+    def optimizer_pieces(self, index: int, described: dict[str, Any], to_load: bool = False) -> list[ParamState]:
+        """Return this rank's part of optimizer ``index``'s state, see :meth:`parameter_pieces`."""
+        return self.bindings[index].states(described, to_load)
+
+    def model_state_bytes(self) -> dict[str, int]:
+        """Return the bytes of model states on this rank, counted from storages, each once.
+
+        Returns:
+            ``parameter``, ``master``, ``gradient`` and ``optimizer``: the model states of the ZeRO paper; gradients as
+            they stood between the last backward and its step. ``slots``: buffers in which gathered parameters and
+            landing gradients take turns, at their most.
+        """
+        seen: set[int] = set()
+        tensors = [lane.state_tensors() for lane in self.lanes]
+        found = {kind: storage_bytes(chain(*(t[kind] for t in tensors)), seen) for kind in ("parameter", "master")}
+        found["gradient"] = self._gradient_bytes
+        found["optimizer"] = storage_bytes(chain(*(binding.state_tensors() for binding in self.bindings)), seen)
+        found["slots"] = storage_bytes([s.buffer for s in self._gatherer.slots], seen) + self._reducer.peak_bytes
+        return found
