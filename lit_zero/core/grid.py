@@ -35,8 +35,8 @@ class Grid:
             fitting = [n for n in range(1, ranks + 1) if ranks % n == 0]
             raise ConfigError(
                 f"A pipeline takes {pipeline} ranks, which do not divide the {ranks} ranks of this run "
-                f"(trainer.devices times trainer.num_nodes). Start a multiple of {pipeline} ranks, or choose pipeline.stages so that a "
-                f"pipeline takes one of {', '.join(map(str, fitting))} ranks."
+                f"(trainer.devices times trainer.num_nodes). Start a multiple of {pipeline} ranks, or choose "
+                f"pipeline.stages so that a pipeline takes one of {', '.join(map(str, fitting))} ranks."
             )
         return cls(pipeline, ranks // pipeline)
 
