@@ -42,6 +42,8 @@ from lit_zero.pipeline.runner import Runner
 from lit_zero.pipeline.schedule import Schedule
 from lit_zero.pipeline.schedules import build, forward_only
 from lit_zero.pipeline.splitting import Split
+from lit_zero.pipeline.timeline import Timeline
+from lit_zero.strategy.calls import OutsideCalls
 from lit_zero.strategy.sample import sample_step
 from lit_zero.zero.engine import Engine
 from lit_zero.zero.policy import Placement, Zero
@@ -57,9 +59,11 @@ class OnePiece:
 
     Attributes:
         whole: the module is in one piece.
+        sent_bytes: of activations and gradients of them, by this rank so far.
     """
 
     whole = True
+    sent_bytes = 0
 
     def zero(self, zero: Zero) -> Zero:
         """Return the ZeRO stage as it is to be used."""
@@ -88,9 +92,12 @@ class Stages(OnePiece):
 
     Args:
         strategy: whose module is divided.
+
+    Attributes:
+        timed: keep when each action of a step begins and ends, see ``timeline``.
     """
 
-    whole = False
+    whole, timed = False, False
 
     def __init__(self, strategy: ZeroStrategy) -> None:
         self._strategy, self.policy = strategy, strategy_policy(strategy)
@@ -100,6 +107,11 @@ class Stages(OnePiece):
         self._runner: Runner | None = None
         self._engine: Engine | None = None
         self._orders: dict[tuple[bool, int], Any] = {}
+
+    @property
+    def sent_bytes(self) -> int:  # type: ignore[override]
+        """Bytes of activations and gradients of them that this rank has sent so far."""
+        return 0 if self._transport is None else self._transport.sent_bytes
 
     @property
     def _position(self) -> int:
@@ -160,6 +172,7 @@ class Stages(OnePiece):
         world, policy = World(), self.policy
         call = sample_step(trainer, lambda batch: cut(batch, policy).parts[0])
         found: Any = None
+        failed: Exception | None = None
         if world.rank == 0:
             try:
                 recording = record(module, call, policy.blocks, self._strategy.root_device)
@@ -169,7 +182,12 @@ class Stages(OnePiece):
                 found = recording, plan_split(recording, boundaries)
             except LitZeroError as error:
                 found = error
+            except Exception as error:  # the user's code: the others must not wait for what does not come
+                failed = error
+                found = LitZeroError(f"{type(module).__name__} failed on rank 0 in the dry run of its step: {error!r}")
         found = world.broadcast_object(found)
+        if failed is not None:
+            raise failed
         if isinstance(found, LitZeroError):
             raise found
         self._recording, self._plan = found
@@ -190,6 +208,12 @@ class Stages(OnePiece):
         }
         self._runner = Runner(self._split, self._transport, held, len(self._plan.stages))
         self._engine = engine
+        split = self._split
+
+        def through(forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return self.run("forward", lambda call: forward(*call[0], **call[1]), ((args, kwargs),), {})
+
+        OutsideCalls(module, lambda: split.running, through)
         for metric in module.modules():
             if isinstance(metric, Metric):
                 metric.dist_sync_fn = self._states_of_the_last
@@ -213,10 +237,12 @@ class Stages(OnePiece):
         """Run a step of the user's on every micro-batch, in this rank's part of the schedule."""
         assert self._transport is not None and self._runner is not None and self._engine is not None
         training, transport = name == "training_step", self._transport
-        mine = (args[0], int(torch.randint(0, 1 << 62, ())))
+        whole = name == "forward"  # a call outside of a step: in one piece, and no random number is taken from the user
+        mine = (args[0], 0 if whole else int(torch.randint(0, 1 << 62, ())))
         batch, seed = transport.share(mine, 0)
         batch = self._strategy.batch_to_device(batch) if transport.position > 0 and _on_gpu(self._strategy) else batch
-        micro = cut(batch, self.policy)
+        micro = MicroBatches([batch], [1]) if whole else cut(batch, self.policy)
+        self._runner.timeline = [] if self.timed else None
         key = training, len(micro.parts)
         if key not in self._orders:
             self._orders[key] = lower(self.schedule(*key))
@@ -227,6 +253,14 @@ class Stages(OnePiece):
         result, logged = transport.share(told, self._placement[-1])
         self._log(logged)
         return _to(result, self._strategy.root_device)
+
+    def timeline(self) -> Timeline:
+        """Return when every rank of this pipeline did what in the last step, by the clock of one machine. All ranks of
+        the pipeline together; set ``timed`` before the step.
+        """
+        assert self._transport is not None and self._runner is not None
+        found = self._transport.gather(self._runner.timeline or [])
+        return Timeline.of((rank, *entry) for rank, entries in enumerate(found) for entry in entries)
 
     def _log(self, logged: list[tuple[str, Any, dict[str, Any]]]) -> None:
         module = self._strategy.lightning_module
