@@ -76,7 +76,9 @@ def main(arguments: list[str] | None = None) -> None:
     for size in options.sizes:
         for schedule in options.schedules:
             found = measure(size, schedule, options)
-            print(f"\n### {size} parameters, {schedule}, {options.ranks} ranks, {options.micro_batches} micro-batches\n")
+            print(
+                f"\n### {size} parameters, {schedule}, {options.ranks} ranks, {options.micro_batches} micro-batches\n"
+            )
             print(table(found), flush=True)
 
 

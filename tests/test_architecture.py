@@ -77,7 +77,10 @@ DOORS: dict[str, dict[str, str]] = {
     "triton": {"lit_zero.kernels": "the door"},
 }
 # Examples are users: they may import Lightning, and the benchmark's contenders are torch.distributed's own.
-USERS = {"lightning": ("examples.",), "torch.distributed": ("examples.benchmark_worker", "examples.benchmark_pipeline_worker")}
+USERS = {
+    "lightning": ("examples.",),
+    "torch.distributed": ("examples.benchmark_worker", "examples.benchmark_pipeline_worker"),
+}
 
 
 def sources() -> dict[str, Path]:

@@ -55,7 +55,7 @@ STAGES = "Choose one of: none, stage1, stage2, stage3."
         ),
         (
             ["pipeline=1f1c"],
-            "pipeline=1f1c is not known. Did you mean '1f1b'? Choose one of: 1f1b, gpipe, interleaved, none, zbv, zero_",
+            "pipeline=1f1c is not known. Did you mean '1f1b'? Choose one of: 1f1b, gpipe, interleaved, none, zbv, zer",
         ),
         (
             ["pipeline.stages=4"],

@@ -43,6 +43,6 @@ def test_equals_one_process(ranks: Ranks, tmp_path: Path, name: str) -> None:
     [outcome] = ranks(4).run(train_all, [piped(name, "stage3", 4)], tmp_path / "four", timeout=120)[0]
     equal(outcome, alone)
     if name == "gpt2":
-        assert torch.equal(
-            outcome.weights["model.transformer.wte.weight"], outcome.weights["model.lm_head.weight"]
-        ), "tied over the stages"
+        assert torch.equal(outcome.weights["model.transformer.wte.weight"], outcome.weights["model.lm_head.weight"]), (
+            "tied over the stages"
+        )

@@ -48,7 +48,10 @@ def refusals(fits: list[Fit], folder: Path) -> list[tuple[str, str]]:
         ({"schedule": "interleaved", "stages": 3}, "pipeline.stages=3 does not fit pipeline.schedule='interleaved', "),
         ({"schedule": "zbv", "stages": 3}, "pipeline.stages=3 does not fit pipeline.schedule='zbv', which runs 2 stag"),
         ({"schedule": "2f2b"}, "pipeline.schedule='2f2b' is not known. Did you mean '1f1b'? Choose one of: none, "),
-        ({"schedule": "none"}, "pipeline.stages=2 has no effect without a schedule. Remove it, or choose pipeline=1f1b"),
+        (
+            {"schedule": "none"},
+            "pipeline.stages=2 has no effect without a schedule. Remove it, or choose pipeline=1f1b",
+        ),
         ({"stages_per_rank": 2}, "pipeline.stages_per_rank=2 has no effect with pipeline.schedule='1f1b', which runs "),
         ({"micro_batches": 0}, "pipeline.micro_batches=0 is not valid: expected an integer of at least 1."),
         ({"micro_batches": -3}, "pipeline.micro_batches=-3 is not valid: expected an integer of at least 1."),
@@ -202,9 +205,9 @@ AT_FIRST_USE: list[tuple[Fit, str, str]] = [
         "model.blocks.0 and model.blocks.1: ",
     ),
     (
-        piped(module=SkippingOne, boundaries=[2]),
+        piped(module=SkippingOne, boundaries=[1]),
         "UnsupportedError",
-        "The model cannot be split there: a skip connection runs between model.blocks.1 and model.blocks.2: ",
+        "The model cannot be split there: a skip connection runs between model.blocks.0 and model.blocks.1: ",
     ),
     (piped(module=Twice), "UnsupportedError", "Block 'model.blocks.0' "),
     (piped(module=Flat), "UnsupportedError", "The model has no ModuleList or Sequential that repeats a class of mod"),
@@ -236,13 +239,14 @@ def test_refused_at_first_use_on_every_rank(ranks: Any, tmp_path: Path) -> None:
 
 
 def test_a_skip_connection_says_where_it_runs_and_what_to_do(ranks: Any, tmp_path: Path) -> None:
-    fits = [piped(module=Skipping), piped(module=SkippingOne, boundaries=[2])]
+    fits = [piped(module=Skipping), piped(module=SkippingOne, boundaries=[1])]
     for (_, everywhere), (_, halfway) in ranks(2).run(refusals, fits, tmp_path):
-        assert "in model uses what aten.embedding in model.embedding has made, and that is not an argument of model.b" in (
-            everywhere
+        assert (
+            "in model uses what aten.embedding in model.embedding has made, and that is not an argument of model.b"
+            in (everywhere)
         )
         assert "Choose other boundaries (pipeline.boundaries; possible: none) or another block list" in everywhere
-        assert "Choose other boundaries (pipeline.boundaries; possible: 1) or another block list" in halfway
+        assert "Choose other boundaries (pipeline.boundaries; possible: 2) or another block list" in halfway
 
 
 class Broken(LitGPT):
