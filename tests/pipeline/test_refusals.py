@@ -241,7 +241,7 @@ def test_refused_at_first_use_on_every_rank(ranks: Any, tmp_path: Path) -> None:
 def test_a_skip_connection_says_where_it_runs_and_what_to_do(ranks: Any, tmp_path: Path) -> None:
     fits = [piped(module=Skipping), piped(module=SkippingOne, boundaries=[1])]
     for (_, everywhere), (_, halfway) in ranks(2).run(refusals, fits, tmp_path):
-        assert "'add' in model uses what 'embedding' in model.embedding has made, and that is not an arg" in everywhere
+        assert "'add' in Skipping uses what 'embedding' in model.embedding has made, and that is not an" in everywhere
         assert "Choose other boundaries (pipeline.boundaries; possible: none) or another block list" in everywhere
         assert "Choose other boundaries (pipeline.boundaries; possible: 2) or another block list" in halfway
 
