@@ -116,9 +116,13 @@ class Dry(TorchDispatchMode):
             some = tree_map_only(torch.Tensor, self._some_values, (args, kwargs))
             output = func(*some[0], **some[1])
             return tree_map_only(torch.Tensor, self.fake, output)
-        if isinstance(output, FakeTensor) and output.dim() == 0 and not written_inputs(func, args, kwargs):
-            return _scalar(func, output)
-        return output
+        if written_inputs(func, args, kwargs):
+            return output
+        memory: set[int] = set()  # a view stays one
+        tree_map_only(torch.Tensor, lambda tensor: memory.add(storage_key(tensor)), fakes)
+        return tree_map_only(
+            FakeTensor, lambda t: _scalar(func, t) if t.dim() == 0 and storage_key(t) not in memory else t, output
+        )
 
     def _some_values(self, tensor: torch.Tensor) -> torch.Tensor:
         if not self.unknown(tensor):

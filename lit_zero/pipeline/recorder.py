@@ -284,21 +284,19 @@ class Recorder(Dry):
         where = self._where(func)
         written = written_inputs(func, *call)
         memory = {storage_key(tensor) for tensor in inputs}
-        for tensor in outputs if not depends else []:
-            if self._inside is None:
+        inside = depends or self._inside is not None  # only the stages that run this region have what it gives
+        for tensor in written if inside or self._stack else []:
+            self._write(tensor)
+        for tensor in written if inside else []:
+            self._born(tensor, self.region, where)
+        for tensor in outputs:
+            if not inside:
                 if self._stack:
                     self._homes[tensor] = tuple(self._stack)
-            elif storage_key(tensor) in memory:  # a view of what every stage has; others do not have the view
-                self._views[tensor] = self.region, where
+            elif storage_key(tensor) in memory and storage_key(tensor) not in self._made:
+                self._views[tensor] = self.region, where  # of memory that every stage has; others do not have the view
             else:
                 self._born(tensor, self.region, where)
-        if depends or self._inside is not None or self._stack:
-            for tensor in written:
-                self._write(tensor)
-        if depends:
-            for tensor in [*written, *outputs]:
-                if not self._name_of(tensor):
-                    self._born(tensor, self.region, where)
 
     def _write(self, tensor: torch.Tensor) -> None:
         key = storage_key(tensor)
@@ -313,7 +311,7 @@ class Recorder(Dry):
                 self.written_blocks.add(who)
 
     def _born(self, tensor: torch.Tensor, region: int, where: str) -> None:
-        if isinstance(tensor, torch.Tensor):
+        if not self._name_of(tensor):
             self._made[storage_key(tensor)] = region, where
             self._held.append(tensor.untyped_storage())
 
