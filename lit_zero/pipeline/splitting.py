@@ -10,8 +10,6 @@ attribute of the instance, so hooks, names and classes stay:
 3. The first block of the next stage ends the step: it raises with its arguments, which are what must be sent.
 
 On the last stage nothing is raised, and the user's own loss, metrics and logging code runs.
-
-Source: ``design.md`` of this project, section 4; no other system is known to do this.
 """
 
 from __future__ import annotations
