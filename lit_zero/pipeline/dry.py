@@ -140,11 +140,15 @@ def storage_key(tensor: torch.Tensor) -> int:
 def written_inputs(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[torch.Tensor]:
     """Return the tensors to which an operator writes."""
     found: list[torch.Tensor] = []
-    for position, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is None or not argument.alias_info.is_write:
-            continue
-        value = kwargs.get(argument.name) if position >= len(args) else args[position]
-        tree_map_only(torch.Tensor, found.append, value)
+    given = {
+        argument.name: kwargs.get(argument.name) if position >= len(args) else args[position]
+        for position, argument in enumerate(func._schema.arguments)
+    }
+    # Batch norms update their statistics in training, which the schemas of the older operators do not say.
+    unsaid = ("running_mean", "running_var") if given.get("training") else ()
+    for argument in func._schema.arguments:
+        if argument.name in unsaid or (argument.alias_info is not None and argument.alias_info.is_write):
+            tree_map_only(torch.Tensor, found.append, given[argument.name])
     return found
 
 
