@@ -1,4 +1,4 @@
-"""What a step logs in a pipeline: kept on the rank of the last stage, and logged by every rank as if it had run once."""
+"""What a step logs in a pipeline: kept on the rank of the last stage, and logged by all ranks as if it had run once."""
 
 from __future__ import annotations
 

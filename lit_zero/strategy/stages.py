@@ -27,7 +27,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from lit_zero.comm.open import open_exchange
 from lit_zero.comm.transport import Transport

@@ -1,4 +1,4 @@
-"""Pipelines beside everything else that shapes a step: accumulation, clipping, precision, stages of ZeRO, several runs."""
+"""Pipelines beside all else that shapes a step: accumulation, clipping, precision, stages of ZeRO, several runs."""
 
 from __future__ import annotations
 
@@ -91,6 +91,28 @@ def test_the_same_with_other_schedules(ranks: Any, odd: dict[str, Outcome], tmp_
 def test_the_same_on_two_by_two_ranks(ranks: Any, odd: dict[str, Outcome], tmp_path: Path) -> None:
     fits = [*odd_fits("stage1", 4), *odd_fits("stage3", 4), *odd_fits("stage3", 4, **SCHEDULES["zbv"])]
     check_odd(ranks(4).run(train_all, fits, tmp_path, timeout=180), odd)
+
+
+class Partly(LitGPT):
+    """The weight that both ends share is used at one of them only in every other batch."""
+
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+        if batch_idx % 2 == 0:
+            return super().training_step(batch, batch_idx)
+        hidden = self.model.embedding(batch[0])
+        for block in self.model.blocks:
+            hidden = block(hidden)
+        loss: torch.Tensor = self.model.norm(hidden).square()[..., :3].mean()
+        self.log("train_loss", loss, on_step=True, on_epoch=True, sync_dist=True)
+        return loss
+
+
+def test_a_tied_weight_that_one_stage_does_not_use(ranks: Any, tmp_path: Path) -> None:
+    alone = train(Fit(module=Partly, arguments=ADAMW), tmp_path / "alone")
+    for size in (2, 4):
+        fits = [replace(piped(stage, size), module=Partly, arguments=ADAMW) for stage in STAGES]
+        for each in ranks(size).run(train_all, fits, tmp_path / str(size), timeout=120)[0]:
+            equal(each, alone)
 
 
 # ---- precision

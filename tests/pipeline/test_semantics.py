@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchmetrics
-from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC, MulticlassF1Score
 
@@ -106,7 +106,10 @@ def test_logs_of_two_pipelines(ranks: Any, tmp_path: Path) -> None:
     """What each pipeline returns and what is logged without sync_dist is of its own rows."""
     names = ("val_micro", "val_f1", "val_auroc", "val_accuracy", "mean", "kept")
     alone = train(Fit(module=Logging, arguments=LAYERS), tmp_path / "alone")
-    fits = [replace(piped("stage3", 4), module=Logging), replace(piped("stage1", 4, **SCHEDULES["zbv"]), module=Logging)]
+    fits = [
+        replace(piped("stage3", 4), module=Logging),
+        replace(piped("stage1", 4, **SCHEDULES["zbv"]), module=Logging),
+    ]
     for outcomes in ranks(4).run(train_all, fits, tmp_path, timeout=180):
         for each in outcomes:
             for name in names:
@@ -147,9 +150,11 @@ def test_no_loss(ranks: Any, tmp_path: Path) -> None:
 def test_callbacks(ranks: Any, tmp_path: Path) -> None:
     def job(fit: Fit, folder: str) -> With:
         callbacks: Any = [
-            (ModelCheckpoint, {"dirpath": tmp_path / folder, "monitor": "val_loss", "save_top_k": 2, "filename": "{epoch}"}),
+            (
+                ModelCheckpoint,
+                {"dirpath": tmp_path / folder, "monitor": "val_loss", "save_top_k": 2, "filename": "{epoch}"},
+            ),
             (EarlyStopping, {"monitor": "val_loss", "mode": "max", "patience": 2}),  # a loss that falls is no better
-            (LearningRateMonitor, {"logging_interval": "step"}),
         ]
         trainer = {"enable_checkpointing": True}
         return With(replace(fit, trainer=trainer, epochs=6, look=stopped, arguments={**LAYERS, "lr": 0.05}), callbacks)
@@ -203,7 +208,7 @@ def test_predictions(ranks: Any, tmp_path: Path) -> None:
     for number in range(2):
         check_written(found[0][number][1], written)
         assert found[0][number][0] == found[2][number][0]  # the ranks of a pipeline return the same
-        assert sorted(sum(found[0][number][0] + found[1][number][0], [])) == list(range(11))
+        assert sorted(row for batch in found[0][number][0] + found[1][number][0] for row in batch) == list(range(11))
 
 
 def check_written(mine: Any, other: Any) -> None:
