@@ -122,7 +122,7 @@ def test_plain_lightning_resumes(ranks: Any, tmp_path: Path, plain: tuple[Outcom
 def test_resuming_in_place_is_bit_equal(ranks: Any, tmp_path: Path) -> None:
     fits = []
     for form in ("full", "sharded"):
-        whole = replace(ways(form)["two"], epochs=2)
+        whole = replace(ways(form)["two"], epochs=2, module=LitGPT)
         fits += [whole, replace(whole, epochs=1, look=save)]
     found = ranks(2).run(train_all, fits, tmp_path, timeout=120)[0]
     again = [replace(fits[n], resume=tmp_path / str(n + 1) / "saved.ckpt") for n in (0, 2)]

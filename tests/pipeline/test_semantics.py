@@ -261,11 +261,8 @@ class Looking(LitGPT):
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         strategy = self.trainer.strategy
         for name in self.names:
-            if hasattr(strategy, "full"):
-                gradient = strategy.full.gradient(name)
-            else:
-                gradient = self.get_parameter(name).grad
-            self.notes.append(gradient.clone())
+            gradient = self.get_parameter(name).grad
+            self.notes.append(strategy.full.gradient(name) if gradient is None else gradient.clone())
 
     def on_train_batch_end(self, *_: Any) -> None:
         strategy = self.trainer.strategy
