@@ -159,7 +159,7 @@ class Stages(OnePiece):
         if previous is not None and previous.absent and (self._split is None or self._split.model is not module):
             raise UnsupportedError(
                 f"This rank holds a part of {type(module).__name__} only: another Trainer has divided it into pipeline "
-                "stages. Give this Trainer the same strategy object, or start from a checkpoint."
+                "stages. Go on with that Trainer (fit, validate, test, predict), or start from a checkpoint."
             )
         if fitting:
             refuse_what_runs_once(module)
@@ -223,7 +223,7 @@ class Stages(OnePiece):
                 raise UnsupportedError(
                     f"training_step needs the parameter {lacking[0]!r} on stage {new.number}, but the module was "
                     "divided by what another step does, which does not. Call trainer.fit first, or give this fit a "
-                    "module and a strategy of its own."
+                    "module and a Trainer of its own."
                 )
         # What only the other step needs stays where it is.
         stages = zip(before.stages, self._plan.stages, strict=True)

@@ -68,6 +68,11 @@ class Random(LitGPT):
     def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> Any:
         return in_pieces(self, self.one, batch, batch_idx) if self.pieces else self.one(batch, batch_idx)
 
+    def validation_step(self, batch: list[torch.Tensor], batch_idx: int) -> None:
+        if self.pieces:
+            torch.randint(0, 1 << 62, ())  # a pipeline draws a seed for every step
+        super().validation_step(batch, batch_idx)
+
     def one(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
         tokens = batch[0]
         keep = (torch.rand(tokens.shape) > 0.1) if self.dropout else torch.ones(tokens.shape, dtype=torch.bool)
