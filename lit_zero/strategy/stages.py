@@ -112,6 +112,7 @@ class Stages(OnePiece):
         self._written: set[str] = set()  # buffers that steps write to
         self._trained = False  # the module was divided by what its training step does
         self._kept = False  # gradients were dropped that Lightning has yet to clear
+        self._some = False  # training_step has returned a loss since gradients were cleared
 
     @property
     def in_step(self) -> bool:  # type: ignore[override]
@@ -282,11 +283,10 @@ class Stages(OnePiece):
         if not results:
             self._metrics.follow(updated)
         log_again(self._module, logged, strategy.root_device)
-        if training and self._strategy.grid.data > 1:
-            # Only if no pipeline has a loss there is no step: the others' gradients are for all of them.
+        if training:
             flag = torch.tensor([result is not None], dtype=torch.uint8, device=self._engine.device)
-            some = self._engine.exchange.maximum(flag)
-            result = torch.zeros(()) if result is None and some.item() else result
+            self._some |= bool(self._engine.exchange.maximum(flag).item())
+            result = torch.zeros(()) if result is None else result  # Lightning refuses None where there are ranks
         return to_device(result, strategy.root_device)
 
     def _taken(self, batch: Any) -> Any:
@@ -328,6 +328,7 @@ class Stages(OnePiece):
         self._kept = False
         if trainer.fit_loop.epoch_loop.batch_idx % trainer.accumulate_grad_batches:
             return
+        self._some = False
         for binding in self._engine.bindings:
             self._kept |= bool(binding.grads())
             binding.drop_gradients()
@@ -344,7 +345,11 @@ class Stages(OnePiece):
                 "optimizer_zero_grad has left the gradients of an earlier step, to add to them. In a pipeline they are "
                 "gone by then: the backward runs inside training_step. Use Trainer(accumulate_grad_batches=...)."
             )
-        self._engine.publish()
+        if self._some:
+            self._engine.publish()
+            return
+        for binding in self._engine.bindings:  # as in one process: the optimizer has nothing to step with
+            binding.drop_gradients()
 
     def share_buffers(self) -> None:
         """Bring the buffers, and the metrics that go into checkpoints, to what the ranks that change them have. All

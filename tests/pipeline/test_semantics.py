@@ -113,7 +113,9 @@ def test_logs_of_two_pipelines(ranks: Any, tmp_path: Path) -> None:
     for outcomes in ranks(4).run(train_all, fits, tmp_path, timeout=180):
         for each in outcomes:
             for name in names:
-                assert each.metrics[name] == pytest.approx(alone.metrics[name], rel=1e-5), name
+                # In the area under a curve, rounding may swap neighbours.
+                close = 1e-3 if "auroc" in name else 1e-5
+                assert each.metrics[name] == pytest.approx(alone.metrics[name], rel=close), name
 
 
 # ---- no loss
