@@ -64,6 +64,9 @@ class PredictionWriter(BasePredictionWriter):
                 "batch_size or a batch sampler; for other data, write your own BasePredictionWriter."
             )
         self._last = batch_indices
+        grid = getattr(trainer.strategy, "grid", None)
+        if grid is not None and grid.position(trainer.global_rank) > 0:
+            return  # the first rank of this pipeline has the same
         indices = [int(index) for index in batch_indices]
         self._held.append((dataloader_idx, indices, _kept(prediction, len(indices))))
 

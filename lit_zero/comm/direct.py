@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -30,6 +31,9 @@ from lit_zero.comm.shared import Address, Neighbour, Place, make_arena
 
 LARGE_BYTES = 1 << 20  # of a rank's part, from which near peers read in place
 _CHUNK_BYTES = 1 << 18  # a sum works on chunks of this size: they stay in the cache between arriving and being added
+
+
+Job = tuple[Callable[[], None], Future[None]]
 
 
 class _Pending:
@@ -67,12 +71,14 @@ class DirectExchange(Exchange):
         self._peers = [(self.rank + step) % self.size for step in range(1, self.size)]
         self._reduce_dtype, self._large = reduce_dtype, large
         self._closed = False
-        self._jobs: queue.SimpleQueue[tuple[Callable[[], None], Future[None]] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         if overlap:
             # A daemon: a rank whose peer has died must be able to exit while this thread still waits for that peer.
-            self._thread = threading.Thread(target=self._work, name="lit_zero-exchange", daemon=True)
+            # It holds the queue and not the exchange: what nobody uses any more can go, and takes the thread with it.
+            self._thread = threading.Thread(target=_work, args=(self._jobs,), name="lit_zero-exchange", daemon=True)
             self._thread.start()
+            weakref.finalize(self, self._jobs.put, None)
         self._near: dict[int, Neighbour] = {}
         self._arena = make_arena() if shared_memory else None
         if shared_memory:
@@ -296,16 +302,18 @@ class DirectExchange(Exchange):
         self._jobs.put((job, future))
         return _Pending(future)
 
-    def _work(self) -> None:
-        torch.set_num_threads(1)  # the computation keeps its cores
-        torch.set_grad_enabled(False)  # this thread's own switch
-        while (item := self._jobs.get()) is not None:
-            job, future = item
-            try:
-                job()
-                future.set_result(None)
-            except BaseException as error:  # the caller's wait() raises it
-                future.set_exception(error)
+
+def _work(jobs: queue.SimpleQueue[Job | None]) -> None:
+    torch.set_num_threads(1)  # the computation keeps its cores
+    torch.set_grad_enabled(False)  # this thread's own switch
+    while (item := jobs.get()) is not None:
+        job, future = item
+        try:
+            job()
+            future.set_result(None)
+        except BaseException as error:  # the caller's wait() raises it
+            future.set_exception(error)
+        del item, job, future  # they hold the exchange
 
 
 def _wait(works: Sequence[dist.Work | None]) -> None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import pickle
 import queue
 import threading
-from collections import deque
+import weakref
 from collections.abc import Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -27,7 +27,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lit_zero.comm import process_group
 from lit_zero.core.errors import LitZeroError
 
 _HEADER_BYTES = 1 << 13  # a random state fits
@@ -84,11 +83,9 @@ class Transport:
         separate = device.type == "cuda"
         # By direction: to higher positions, and to lower ones.
         self._groups = [opened("nccl"), opened("nccl")] if separate else [self._headers, self._headers]
-        self._flying: deque[_Flying] = deque()
+        self._leaving: queue.SimpleQueue[_Flying | Future[None] | None] | None = None
         self._coming: dict[Hashable, Future[Message]] = {}
-        self._lines: dict[int, queue.SimpleQueue[tuple[Hashable, Future[Message]] | None]] = {}
-        self._threads: list[threading.Thread] = []
-        self._failed: BaseException | None = None
+        self._sources: dict[int, _Source] = {}
 
     def send(self, message: Message, to: int) -> None:
         """Start to send a message to the rank at position ``to``; its tensors must not be written to any more."""
@@ -107,22 +104,22 @@ class Transport:
         group = self._groups[to < self.position]
         works += [dist.isend(tensor, group=group, group_dst=to) for tensor in tensors if tensor.numel()]
         self.sent_bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        self._flying.append(_Flying(works, [header, rest, *tensors]))
-        while self._flying and all(work is None or work.is_completed() for work in self._flying[0].works):
-            self._finish(self._flying.popleft())
+        if self._leaving is None:
+            self._leaving = queue.SimpleQueue()
+            threading.Thread(target=_see_off, args=(self._leaving,), name="lit_zero-pipeline-sent", daemon=True).start()
+            weakref.finalize(self, self._leaving.put, None)
+        self._leaving.put(_Flying(works, [header, rest, *tensors]))
 
     def post(self, key: Hashable, source: int) -> None:
         """Get ready to receive the message ``key`` from the rank at position ``source``, after those posted before."""
         future: Future[Message] = Future()
         self._coming[key] = future
-        if source not in self._lines:
-            self._lines[source] = queue.SimpleQueue()
-            thread = threading.Thread(
-                target=self._receive_all, args=(source,), name=f"lit_zero-pipeline-{source}", daemon=True
-            )
-            self._threads.append(thread)
-            thread.start()
-        self._lines[source].put((key, future))
+        if source not in self._sources:
+            line = _Source(source, self._headers, self._groups[source > self.position], self.device)
+            threading.Thread(target=line.receive_all, name=f"lit_zero-pipeline-{source}", daemon=True).start()
+            weakref.finalize(self, line.posted.put, None)
+            self._sources[source] = line
+        self._sources[source].posted.put(future)
 
     def wait(self, key: Hashable) -> Message:
         """Return a message that was posted, once it is there.
@@ -140,8 +137,10 @@ class Transport:
 
     def flush(self) -> None:
         """Return when everything sent has left."""
-        while self._flying:
-            self._finish(self._flying.popleft())
+        if self._leaving is not None:
+            gone: Future[None] = Future()
+            self._leaving.put(gone)
+            gone.result()
 
     def share(self, value: Any, source: int) -> Any:
         """Return the ``value`` (any picklable object) of the rank at position ``source`` on every rank of the
@@ -161,52 +160,65 @@ class Transport:
         dist.all_gather_object(found, value, group=self._headers)
         return found
 
-    def close(self) -> None:
-        """Let go of threads and groups; it is not used afterwards."""
-        for line in self._lines.values():
-            line.put(None)
-        for thread in self._threads:
-            thread.join(timeout=10)
-        process_group.leave(*dict.fromkeys([self._headers, *self._groups]))
 
-    # ---- on a thread for each source
-
-    def _receive_all(self, source: int) -> None:
-        torch.set_grad_enabled(False)  # this thread's own switch
-        while (item := self._lines[source].get()) is not None:
-            _, future = item
+def _see_off(leaving: queue.SimpleQueue[_Flying | Future[None] | None]) -> None:
+    """Hold what is sent until it has left. gloo never says so unless it is waited for, hence the thread."""
+    failure: BaseException | None = None
+    while (item := leaving.get()) is not None:
+        if isinstance(item, _Flying):
             try:
-                future.set_result(self._receive(source))
+                for work in item.works:
+                    if work is not None:
+                        work.wait()
+            except BaseException as error:  # ``flush`` raises it
+                failure = failure or error
+        elif failure is not None:
+            item.set_exception(failure)
+        else:
+            item.set_result(None)
+        del item
+
+
+@dataclass
+class _Source:
+    """Where messages come from, and what a thread needs to receive them. It does not hold the transport: one that
+    nobody uses any more can go, and takes the thread with it.
+    """
+
+    position: int
+    headers: dist.ProcessGroup
+    tensors: dist.ProcessGroup
+    device: torch.device
+    posted: queue.SimpleQueue[Future[Message] | None] = field(default_factory=queue.SimpleQueue)
+
+    def receive_all(self) -> None:
+        torch.set_grad_enabled(False)  # this thread's own switch
+        while (future := self.posted.get()) is not None:
+            try:
+                future.set_result(self._receive())
             except BaseException as error:  # the waiting rank raises it
                 future.set_exception(error)
+            del future
 
-    def _receive(self, source: int) -> Message:
+    def _receive(self) -> Message:
         header = torch.empty(_HEADER_BYTES, dtype=torch.uint8)
-        self._arrive(header, self._headers, source)
+        self._arrive(header, self.headers)
         size = int(header[:8].view(torch.int64).item())
         content = header[8 : 8 + size]
         if size > _HEADER_BYTES - 8:
             rest = torch.empty(size - content.numel(), dtype=torch.uint8)
-            self._arrive(rest, self._headers, source)
+            self._arrive(rest, self.headers)
             content = torch.cat([content, rest])
         key, described, note = pickle.loads(content.numpy().tobytes())
-        group = self._groups[source > self.position]
         tensors = []
         for shape, dtype, requires_grad in described:
             tensor = torch.empty(shape, dtype=dtype, device=self.device)
             if tensor.numel():
-                self._arrive(tensor, group, source)
+                self._arrive(tensor, self.tensors)
             tensors.append(tensor.requires_grad_(requires_grad))
         return Message(key, tensors, note)
 
-    @staticmethod
-    def _arrive(tensor: torch.Tensor, group: dist.ProcessGroup, source: int) -> None:
-        work = dist.irecv(tensor, group=group, group_src=source)
+    def _arrive(self, tensor: torch.Tensor, group: dist.ProcessGroup) -> None:
+        work = dist.irecv(tensor, group=group, group_src=self.position)
         if work is not None:
             work.wait()
-
-    @staticmethod
-    def _finish(flying: _Flying) -> None:
-        for work in flying.works:
-            if work is not None:
-                work.wait()

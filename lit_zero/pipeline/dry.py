@@ -116,9 +116,13 @@ class Dry(TorchDispatchMode):
             some = tree_map_only(torch.Tensor, self._some_values, (args, kwargs))
             output = func(*some[0], **some[1])
             return tree_map_only(torch.Tensor, self.fake, output)
-        if isinstance(output, FakeTensor) and output.dim() == 0 and not written_inputs(func, args, kwargs):
-            return _scalar(func, output)
-        return output
+        if written_inputs(func, args, kwargs):
+            return output
+        memory: set[int] = set()  # a view stays one
+        tree_map_only(torch.Tensor, lambda tensor: memory.add(storage_key(tensor)), fakes)
+        return tree_map_only(
+            FakeTensor, lambda t: _scalar(func, t) if t.dim() == 0 and storage_key(t) not in memory else t, output
+        )
 
     def _some_values(self, tensor: torch.Tensor) -> torch.Tensor:
         if not self.unknown(tensor):
@@ -136,11 +140,15 @@ def storage_key(tensor: torch.Tensor) -> int:
 def written_inputs(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[torch.Tensor]:
     """Return the tensors to which an operator writes."""
     found: list[torch.Tensor] = []
-    for position, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is None or not argument.alias_info.is_write:
-            continue
-        value = kwargs.get(argument.name) if position >= len(args) else args[position]
-        tree_map_only(torch.Tensor, found.append, value)
+    given = {
+        argument.name: kwargs.get(argument.name) if position >= len(args) else args[position]
+        for position, argument in enumerate(func._schema.arguments)
+    }
+    # Batch norms update their statistics in training, which the schemas of the older operators do not say.
+    unsaid = ("running_mean", "running_var") if given.get("training") else ()
+    for argument in func._schema.arguments:
+        if argument.name in unsaid or (argument.alias_info is not None and argument.alias_info.is_write):
+            tree_map_only(torch.Tensor, found.append, given[argument.name])
     return found
 
 

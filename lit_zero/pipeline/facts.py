@@ -44,7 +44,7 @@ class BlockFacts:
     Attributes:
         name: its dotted name.
         slots: what must be sent if a stage begins here.
-        bytes_in: bytes of the slots that need a gradient or not, in the recorded micro-batch.
+        bytes_in: bytes of all slots, in the recorded micro-batch.
         flops: floating-point operations of the region's forward.
         activation_bytes: what the region saves for its backward, in the recorded micro-batch.
         signature: equal for blocks that answer equal inputs with outputs of equal structure.

@@ -34,7 +34,7 @@ class MicroBatches:
         return [rows / sum(self.rows) for rows in self.rows]
 
 
-def cut(batch: Any, policy: Pipeline) -> MicroBatches:
+def cut(batch: Any, policy: Pipeline, count: int | None = None) -> MicroBatches:
     """Cut a batch along the first dimension of its tensors, in pieces that differ by one row at most.
 
     Tensors in tuples, lists, mappings and dataclasses of any depth are cut, and so are lists and tuples without tensors
@@ -44,13 +44,15 @@ def cut(batch: Any, policy: Pipeline) -> MicroBatches:
     Args:
         batch: as the data loader gives it.
         policy: says how many pieces, and how if not so.
+        count: fewer pieces than ``policy`` says.
 
     Raises:
         ConfigError: if the tensors do not have the same number of rows, or ``pipeline.split`` gives something else than
             pieces.
     """
+    count = count or policy.pieces
     if policy.split is not None:
-        parts = list(policy.split(batch, policy.pieces))
+        parts = list(policy.split(batch, count))
         if not parts:
             raise ConfigError("pipeline.split returned no micro-batches; at least one was expected.")
         return MicroBatches(parts, [_rows(part) or 1 for part in parts])
@@ -59,7 +61,7 @@ def cut(batch: Any, policy: Pipeline) -> MicroBatches:
         raise UnsupportedError(f"A {type(batch).__name__} without tensors cannot be cut into micro-batches. {_ADVICE}")
     if rows == 0:
         raise UnsupportedError("A batch without rows cannot be cut into micro-batches.")
-    count = min(policy.pieces, rows)
+    count = min(count, rows)
     sizes = [rows // count + (number < rows % count) for number in range(count)]
     ends = [sum(sizes[: number + 1]) for number in range(count)]
     return MicroBatches([_part(batch, end - size, end, rows) for size, end in zip(sizes, ends, strict=True)], sizes)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -132,8 +133,8 @@ class Recorder(Dry):
                     "another block list with pipeline.blocks."
                 )
         for path, leaf in leaves(result):
-            if isinstance(leaf, torch.Tensor) and self._birth(leaf) is not None:
-                self.returned.append((path or "its result", self._birth(leaf) or 0))
+            if isinstance(leaf, torch.Tensor) and (made := self._use(leaf)) is not None:
+                self.returned.append((path or "its result", made))
         return self
 
     def _other_parameter(self, param: nn.Parameter) -> nn.Parameter:
@@ -157,10 +158,8 @@ class Recorder(Dry):
         return copy
 
     def _log(self, name: Any = None, value: Any = None, *args: Any, **kwargs: Any) -> None:
-        for tensor in [value] if isinstance(value, torch.Tensor) else []:
-            made = self._birth(tensor)
-            if made is not None:
-                self.logged.append((str(name), made))
+        if isinstance(value, torch.Tensor) and (made := self._use(value)) is not None:
+            self.logged.append((str(name), made))
 
     def _log_all(self, values: Any, *args: Any, **kwargs: Any) -> None:
         for name, value in values.items():
@@ -212,9 +211,8 @@ class Recorder(Dry):
         """Return what the block sees of an argument: an alias of a tensor that could have been received."""
         if not isinstance(leaf, torch.Tensor) or self._name_of(leaf):
             return leaf
-        made = self._birth(leaf)
+        made = self._use(leaf)
         if made is None:
-            self._use_from_batch(leaf)
             return leaf
         for slot in self.slots[index]:
             if slot.leaf is leaf:
@@ -263,10 +261,8 @@ class Recorder(Dry):
             buffer = self._buffer_of.get(storage_key(tensor))
             if buffer is not None:
                 self.uses.setdefault(buffer, set()).add(self.region)
-            made = self._birth(tensor)
-            if made is None:
-                self._use_from_batch(tensor)
-            elif made < self.region and (made, self.region) not in self.skips:
+            made = self._use(tensor)
+            if made is not None and made < self.region and (made, self.region) not in self.skips:
                 maker = (self._made.get(storage_key(tensor)) or self._views[tensor])[1]
                 self.skips[made, self.region] = Skip(made, self.region, maker, self._where(func))
 
@@ -274,7 +270,8 @@ class Recorder(Dry):
         if self._quiet:
             return
         if func.overloadpacket in flop_registry:
-            self.flops[self.region] += flop_registry[func.overloadpacket](*call[0], **call[1], out_val=output)
+            with suppress(Exception):  # an estimate: a formula that does not know this call must not end the run
+                self.flops[self.region] += flop_registry[func.overloadpacket](*call[0], **call[1], out_val=output)
         outputs, known = _tensors(output), func.overloadpacket in SHAPE_ONLY
         depends = not known and any(self._name_of(t) or self._birth(t) is not None for t in inputs)
         if torch.Tag.nondeterministic_seeded in func.tags:
@@ -284,21 +281,19 @@ class Recorder(Dry):
         where = self._where(func)
         written = written_inputs(func, *call)
         memory = {storage_key(tensor) for tensor in inputs}
-        for tensor in outputs if not depends else []:
-            if self._inside is None:
+        inside = depends or self._inside is not None  # only the stages that run this region have what it gives
+        for tensor in written if inside or self._stack else []:
+            self._write(tensor)
+        for tensor in written if inside else []:
+            self._born(tensor, self.region, where)
+        for tensor in outputs:
+            if not inside:
                 if self._stack:
                     self._homes[tensor] = tuple(self._stack)
-            elif storage_key(tensor) in memory:  # a view of what every stage has; others do not have the view
-                self._views[tensor] = self.region, where
+            elif storage_key(tensor) in memory and storage_key(tensor) not in self._made:
+                self._views[tensor] = self.region, where  # of memory that every stage has; others do not have the view
             else:
                 self._born(tensor, self.region, where)
-        if depends or self._inside is not None or self._stack:
-            for tensor in written:
-                self._write(tensor)
-        if depends:
-            for tensor in [*written, *outputs]:
-                if not self._name_of(tensor):
-                    self._born(tensor, self.region, where)
 
     def _write(self, tensor: torch.Tensor) -> None:
         key = storage_key(tensor)
@@ -313,7 +308,7 @@ class Recorder(Dry):
                 self.written_blocks.add(who)
 
     def _born(self, tensor: torch.Tensor, region: int, where: str) -> None:
-        if isinstance(tensor, torch.Tensor):
+        if not self._name_of(tensor):
             self._made[storage_key(tensor)] = region, where
             self._held.append(tensor.untyped_storage())
 
@@ -325,11 +320,15 @@ class Recorder(Dry):
         """Return the name of the parameter that ``tensor`` is, or is a view of."""
         return self._parameter_of.get(id(tensor)) or self._parameter_memory.get(storage_key(tensor))
 
-    def _use_from_batch(self, tensor: torch.Tensor) -> None:
-        """Note that a tensor which a module has made from the batch is used outside of it."""
-        for name in self._homes.get(tensor, ()):
+    def _use(self, tensor: torch.Tensor) -> int | None:
+        """Return the region that has made a tensor. If a module has made it from the batch alone, note that it is used
+        outside of that module, for which no stand-in can answer then.
+        """
+        made = self._birth(tensor)
+        for name in self._homes.get(tensor, ()) if made is None else ():
             if name not in self._stack:
                 self.calls[name].whole = False
+        return made
 
     def _where(self, func: Any) -> str:
         inside = self.names[self._inside] if self._inside is not None else (self._stack or [""])[-1]

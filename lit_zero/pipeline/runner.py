@@ -88,7 +88,7 @@ class Runner:
     def __init__(
         self, split: Split, transport: Transport, parameters: dict[int, list[nn.Parameter]], stages: int
     ) -> None:
-        self._split, self._transport, self._parameters, self._stages = split, transport, parameters, stages
+        self._split, self._transport, self._held, self._stages = split, transport, parameters, stages
         self.timeline: list[tuple[Compute, float, float]] | None = None  # set it to a list to have actions timed
 
     def run(self, steps: Sequence[Step], work: Work) -> dict[int, Any]:
@@ -126,6 +126,10 @@ class Runner:
         self._transport.flush()
         work.finish()
         return self._results
+
+    def _parameters(self, stage: int) -> list[nn.Parameter]:
+        """Return a stage's parameters that want a gradient now; they may thaw in the course of a run."""
+        return [param for param in self._held[stage] if param.requires_grad]
 
     # ---- messages
 
@@ -193,7 +197,7 @@ class Runner:
         if outputs:
             starts = [torch.ones_like(t) if g is None else g for t, g in zip(outputs, grads, strict=True)]
             leaves = [t for t in visit.received if t.requires_grad]
-            _, visit.branches = stage_backward_input(outputs, starts, leaves, iter(self._parameters[action.stage]))
+            _, visit.branches = stage_backward_input(outputs, starts, leaves, iter(self._parameters(action.stage)))
         visit.outputs = []
         self._return(action, visit)
         visit.received = []
@@ -213,7 +217,7 @@ class Runner:
         self._return(action._replace(kind=BACKWARD), visit)
 
     def _branches(self, stage: int, visit: _Visit) -> None:
-        parameters = self._parameters[stage]
+        parameters = self._parameters(stage)
         stage_backward_weight(iter(parameters), visit.branches)
         for param in parameters:
             if param.grad is not None:

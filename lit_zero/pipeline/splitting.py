@@ -10,8 +10,6 @@ attribute of the instance, so hooks, names and classes stay:
 3. The first block of the next stage ends the step: it raises with its arguments, which are what must be sent.
 
 On the last stage nothing is raised, and the user's own loss, metrics and logging code runs.
-
-Source: ``design.md`` of this project, section 4; no other system is known to do this.
 """
 
 from __future__ import annotations
@@ -220,8 +218,9 @@ class Split:
                     return real(*args, **kwargs)
                 if visit.entered:
                     raise UnsupportedError(
-                        f"Module {name!r} ran before block {visit.piece.blocks[0]!r} when the step was recorded, and "
-                        "now after it. The step must call its modules in the same order for every batch."
+                        f"Module {name!r} runs after block {visit.piece.blocks[0]!r}, but ran before it when the step "
+                        "was recorded: the model is called twice in one step, or in another order than before. Call it "
+                        "once in the step, and its modules in the same order for every batch."
                     )
                 return self._answer(visit, name, module, real, (args, kwargs), written)
 

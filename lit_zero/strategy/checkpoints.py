@@ -311,6 +311,8 @@ class Checkpoints:
         engine = self._engine
         if not self._guarded or engine is None or Engine.of(self._module) is not engine:
             return
+        if engine.absent:
+            raise LitZeroError(f"{doing} would see the parameters of one stage of the pipeline only. {self._advice}")
         if engine.row.parameter is Placement.SHARD or any(lane.lowered for lane in engine.lanes):
             raise LitZeroError(f"{doing} would see released or 2-byte parameters under this strategy. {self._advice}")
         engine.wait_for_parameters()  # on their way since the last step: the other ranks need not be here

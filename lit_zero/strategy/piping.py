@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 
+from lit_zero.core.errors import UnsupportedError
 from lit_zero.core.grid import Grid
 from lit_zero.pipeline.blocks import check_fit
 from lit_zero.pipeline.policy import Pipeline
-from lit_zero.strategy.stages import OnePiece, Stages
+from lit_zero.strategy.one_piece import OnePiece
+from lit_zero.strategy.stages import Stages
 from lit_zero.strategy.talking import Talking
 
 
@@ -81,8 +83,32 @@ class Piping(Talking):
         self.post_backward(closure_loss)
         return closure_loss
 
+    def _refuse_in_step(self, what: str) -> None:
+        if self.stages.in_step:
+            raise UnsupportedError(
+                f"{what} was called in a step. In a pipeline a step runs on one rank at a time, and the others would "
+                "be waited for forever. Call it in a hook, such as on_train_batch_end or on_validation_epoch_end; "
+                "self.log(..., sync_dist=True) works in a step."
+            )
+
+    def all_gather(self, tensor: torch.Tensor, group: Any | None = None, sync_grads: bool = False) -> torch.Tensor:
+        """Return the tensors of all ranks."""
+        self._refuse_in_step("all_gather")
+        return super().all_gather(tensor, group, sync_grads)
+
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        """Return once every rank has called this."""
+        self._refuse_in_step("barrier")
+        super().barrier(*args, **kwargs)
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """Return rank ``src``'s ``obj`` on every rank."""
+        self._refuse_in_step("broadcast")
+        return super().broadcast(obj, src)
+
     def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
         """Reduce ``tensor`` over the data-parallel ranks; anything else is returned as it is."""
+        self._refuse_in_step("reduce")
         reduced = super().reduce(tensor, group, reduce_op)
         if not isinstance(tensor, torch.Tensor) or self.stages.whole or group is not None:
             return reduced

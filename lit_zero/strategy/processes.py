@@ -253,7 +253,7 @@ class ProcessLauncher(_MultiProcessingLauncher):
     def _collect_rank_zero_results(self, trainer: Any, results: Any) -> Any:
         fitted = trainer.state.fn == TrainerFn.FITTING
         # Whole also where checkpoints are sharded. Every rank has to ask.
-        weights = self._strategy.checkpoints.whole_weights() if fitted else {}
+        weights = self._strategy.full_state_dict() if fitted else {}
         if self._strategy.local_rank != 0:
             return None
         if fitted:

@@ -98,6 +98,8 @@ class PruningOnShards(OnShards):
         places = {part.entry.name: (lane, part) for lane in self._engine.lanes for part in lane.master_overlaps()}
         for name in self._names:
             mask = world.broadcast_object(self._whole.get(name))
+            if name not in places:  # on another stage of the pipeline
+                continue
             lane, part = places[name]
             if lane not in self._masks:
                 self._masks[lane] = torch.ones(lane.master.numel(), dtype=torch.bool, device=lane.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -129,3 +130,37 @@ def refuse_tensors_without_memory(module: nn.Module) -> None:
 def is_a(callback: Any, name: str) -> bool:
     """Return whether ``callback`` is of the class ``name``, of whichever Lightning."""
     return any(kind.__name__ == name for kind in type(callback).__mro__)
+
+
+def refuse_what_runs_once(module: Any) -> None:
+    """Check a module that is to be trained in a pipeline, where its step runs once for each micro-batch on every stage.
+
+    Raises:
+        UnsupportedError: saying what.
+    """
+    name = type(module).__name__
+    if "dataloader_iter" in inspect.signature(module.training_step).parameters:
+        raise UnsupportedError(
+            f"{name}.training_step reads the data loader by itself (dataloader_iter); a pipeline cuts the batch into "
+            "micro-batches and must see it first. Take (batch, batch_idx), or use pipeline=none."
+        )
+    if any(isinstance(each, nn.SyncBatchNorm) for each in module.modules()):
+        raise UnsupportedError(
+            f"{name} normalises over the batches of all ranks (sync_batchnorm=True or nn.SyncBatchNorm), but the ranks "
+            "of a pipeline run the same layer at no time together. Remove it, or use pipeline=none."
+        )
+    if not module.automatic_optimization:
+        raise UnsupportedError(
+            f"{name} uses manual optimization: its backward is inside training_step, which a pipeline leaves at the "
+            "end of each stage. Use automatic optimization, or pipeline=none."
+        )
+    if "backward" in {
+        key
+        for kind in type(module).__mro__
+        for key in vars(kind)
+        if not kind.__module__.startswith(("lightning", "pytorch_lightning", "torch"))
+    }:
+        raise UnsupportedError(
+            f"{name} overrides backward, which a pipeline does not call: every stage has a backward of its own. Remove "
+            "it, or use pipeline=none."
+        )

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lit_zero.core.errors import UnsupportedError
 from lit_zero.pipeline.isolation import random_states, set_random_states
-from lit_zero.strategy.flavour import TrainerFn
+from lit_zero.strategy.flavour import TrainerFn, pl
 
 _LOOPS = {
     TrainerFn.FITTING: ("fit_loop", "training_step"),
@@ -39,10 +39,10 @@ def sample_step(trainer: Any, prepare: Callable[[Any], Any]) -> Callable[[], Any
     states = random_states()
     try:
         loaders = getattr(trainer, loop)._data_source.dataloader()
-        if trainer.state.fn == TrainerFn.FITTING:
-            batch = tree_map(_first, loaders)
-        else:
-            batch = _first(next(iter(tree_leaves(loaders))))
+        in_turn = trainer.state.fn != TrainerFn.FITTING
+        if isinstance(loaders, pl.utilities.CombinedLoader):
+            loaders, in_turn = loaders.iterables, loaders._mode == "sequential"
+        batch = _first(next(iter(tree_leaves(loaders)))) if in_turn else tree_map(_first, loaders)
     except StopIteration:
         raise UnsupportedError(
             f"The data of {name} has no batch. A pipeline looks at one to see where the module can be cut."

@@ -10,41 +10,43 @@ One step of a pipeline, from the strategy's side:
    complete already, are handed to the optimizers.
 
 [Note: randomness] Micro-batches overlap, so one stream of random numbers cannot run through them in turn as in one
-process. Every micro-batch starts from a seed of its own, drawn for the step; the state travels with the activation
-from stage to stage. One stage (``OnePiece``) that runs the same micro-batches from the same seeds gets the same
-numbers.
+process. Every micro-batch starts from a seed of its own, made from one that is drawn for the step (``work.seed_of``);
+the state travels with the activation from stage to stage. So one process that cuts the batch alike, seeds before each
+micro-batch and adds up the losses times their shares of the rows computes the same numbers.
+
+[Note: gradients come before zero_grad] In one process Lightning clears gradients after the user's step and before the
+backward. Here the backward is over by then. So gradients that an earlier batch has left (its step was skipped, for an
+overflow) are dropped when the step begins in which Lightning is going to clear them; what has been cleared too much is
+handed over again by ``publish``.
 """
 
 from __future__ import annotations
 
-import contextlib
-import random
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
-from torchmetrics import Metric
 
 from lit_zero.comm.open import open_exchange
 from lit_zero.comm.transport import Transport
-from lit_zero.comm.world import World
-from lit_zero.core.errors import LitZeroError, UnsupportedError
+from lit_zero.core.errors import ConfigError, UnsupportedError
 from lit_zero.core.holding import Holding
-from lit_zero.pipeline.balance import balance
 from lit_zero.pipeline.lowering import lower
-from lit_zero.pipeline.micro_batches import MicroBatches, cut, mean, together
-from lit_zero.pipeline.plan import SplitPlan, plan_split
-from lit_zero.pipeline.recording import record
+from lit_zero.pipeline.micro_batches import MicroBatches, cut
+from lit_zero.pipeline.plan import SplitPlan
 from lit_zero.pipeline.runner import Runner
 from lit_zero.pipeline.schedule import Schedule
 from lit_zero.pipeline.schedules import build, forward_only
 from lit_zero.pipeline.splitting import Split
 from lit_zero.pipeline.timeline import Timeline
 from lit_zero.strategy.calls import OutsideCalls
-from lit_zero.strategy.sample import sample_step
+from lit_zero.strategy.dividing import Dividing
+from lit_zero.strategy.flavour import TrainerFn
+from lit_zero.strategy.logged import log_again, to_device
+from lit_zero.strategy.measured import Metrics
+from lit_zero.strategy.refusals import refuse_what_runs_once
+from lit_zero.strategy.work import Work
 from lit_zero.zero.engine import Engine
 from lit_zero.zero.policy import Placement, Zero
 
@@ -54,40 +56,7 @@ if TYPE_CHECKING:
 _EVERY_UNIT = 1 << 30  # slots: as many as there are units
 
 
-class OnePiece:
-    """No pipeline: every rank holds the whole module.
-
-    Attributes:
-        whole: the module is in one piece.
-        sent_bytes: of activations and gradients of them, by this rank so far.
-    """
-
-    whole = True
-    sent_bytes = 0
-
-    def zero(self, zero: Zero) -> Zero:
-        """Return the ZeRO stage as it is to be used."""
-        return zero
-
-    def plan(self, trainer: Any) -> dict[str, Any]:
-        """Divide the module; return what the engine must know of it. All ranks together."""
-        return {}
-
-    def attach(self, engine: Engine) -> None:
-        """Work with a new engine."""
-
-    def run(self, name: str, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a step of the user's."""
-        return step(*args, **kwargs)
-
-    def publish(self) -> None:
-        """Hand the gradients of the last step to the optimizers."""
-
-    def share_buffers(self) -> None:
-        """Bring the buffers to what the ranks that change them have. All ranks together."""
-
-
-class Stages(OnePiece):
+class Stages(Dividing):
     """A pipeline.
 
     Args:
@@ -100,13 +69,23 @@ class Stages(OnePiece):
     whole, timed = False, False
 
     def __init__(self, strategy: ZeroStrategy) -> None:
-        self._strategy, self.policy = strategy, strategy_policy(strategy)
+        self._strategy, self.policy = strategy, strategy.pipeline
         self._transport: Transport | None = None
         self._split: Split | None = None
         self._plan: SplitPlan | None = None
         self._runner: Runner | None = None
         self._engine: Engine | None = None
+        self._metrics: Metrics | None = None
         self._orders: dict[tuple[bool, int], Any] = {}
+        self._written: set[str] = set()  # buffers that steps write to
+        self._trained = False  # the module was divided by what its training step does
+        self._kept = False  # gradients were dropped that Lightning has yet to clear
+        self._some = False  # training_step has returned a loss since gradients were cleared
+
+    @property
+    def in_step(self) -> bool:  # type: ignore[override]
+        """Whether the user's step is running on micro-batches, on this rank alone."""
+        return self._metrics is not None and self._metrics.in_step
 
     @property
     def sent_bytes(self) -> int:  # type: ignore[override]
@@ -116,6 +95,11 @@ class Stages(OnePiece):
     @property
     def _position(self) -> int:
         return self._strategy.grid.position(self._strategy.global_rank)
+
+    @property
+    def _pipeline(self) -> Transport:
+        assert self._transport is not None
+        return self._transport
 
     def zero(self, zero: Zero) -> Zero:
         """Return the ZeRO stage as it is to be used: by default a unit is gathered, and its gradient reduced, once a
@@ -128,6 +112,8 @@ class Stages(OnePiece):
                 "of weights are computed long after those of inputs, and parameters must stay until then. Remove "
                 "zero.slots, or use pipeline.schedule='1f1b'."
             )
+        # Then what the data-parallel ranks exchange depends on the number of micro-batches, so it must be the same.
+        self._alike = self._strategy.grid.data > 1 and (zero.slots is not None or zero.accumulate == "reduce")
         slots = zero.slots or (_EVERY_UNIT if sharded else None)
         return replace(zero, slots=slots, accumulate=zero.accumulate or "hold")
 
@@ -135,20 +121,24 @@ class Stages(OnePiece):
 
     def plan(self, trainer: Any) -> dict[str, Any]:
         """Divide the module; return what the engine must know of it. All ranks together."""
-        strategy = self._strategy
-        module = strategy.lightning_module
-        assert module is not None
+        strategy, module = self._strategy, self._module
+        fitting = trainer.state.fn == TrainerFn.FITTING
         previous = Engine.of(module)
         if previous is not None and previous.absent and (self._split is None or self._split.model is not module):
             raise UnsupportedError(
                 f"This rank holds a part of {type(module).__name__} only: another Trainer has divided it into pipeline "
-                "stages. Give this Trainer the same strategy object, or start from a checkpoint."
+                "stages. Go on with that Trainer (fit, validate, test, predict), or start from a checkpoint."
             )
-        if self._split is None or self._split.model is not module:
+        if fitting:
             refuse_what_runs_once(module)
-            self._divide(trainer, module)
+        if self._split is None or self._split.model is not module:
+            self._divide(trainer, None)
+            self._trained = fitting
         else:
             self._split.remove()
+            if fitting and not self._trained:
+                self._divide_again(trainer)
+                self._trained = True
         grid, rank = strategy.grid, strategy.global_rank
         assert self._plan is not None
         holders: dict[str, tuple[int, ...]] = {}
@@ -167,46 +157,16 @@ class Stages(OnePiece):
         everyone = open_exchange(strategy.comm, device, None, timeout, large=False)
         return {"holding": holding, "everyone": everyone, "ties": ties}
 
-    def _divide(self, trainer: Any, module: nn.Module) -> None:
-        """Record the user's step on rank 0, and choose the boundaries."""
-        world, policy = World(), self.policy
-        call = sample_step(trainer, lambda batch: cut(batch, policy).parts[0])
-        found: Any = None
-        failed: Exception | None = None
-        if world.rank == 0:
-            try:
-                recording = record(module, call, policy.blocks, self._strategy.root_device)
-                boundaries = policy.boundaries
-                if boundaries is None:
-                    boundaries = balance(recording, policy.stages, policy.balance)
-                found = recording, plan_split(recording, boundaries)
-            except LitZeroError as error:
-                found = error
-            except Exception as error:  # the user's code: the others must not wait for what does not come
-                failed = error
-                found = LitZeroError(f"{type(module).__name__} failed on rank 0 in the dry run of its step: {error!r}")
-        found = world.broadcast_object(found)
-        if failed is not None:
-            raise failed
-        if isinstance(found, LitZeroError):
-            raise found
-        self._recording, self._plan = found
-        self._placement = build(policy.schedule, policy.stages, policy.pieces, ranks=policy.ranks).placement
-
     def attach(self, engine: Engine) -> None:
         """Work with a new engine: let go of what other ranks hold, and take the blocks' entries."""
-        assert self._plan is not None and self._transport is not None
-        module = self._strategy.lightning_module
-        assert module is not None
+        assert self._plan is not None
+        module = self._module
         local = [stage for stage, position in enumerate(self._placement) if position == self._position]
         self._split = Split(module, self._recording, self._plan, local, engine.device)
         self._split.apply()
         params = dict(module.named_parameters())
-        held = {
-            stage: [p for name in self._plan.stages[stage].parameters if (p := params[name]).requires_grad]
-            for stage in local
-        }
-        self._runner = Runner(self._split, self._transport, held, len(self._plan.stages))
+        held = {stage: [params[name] for name in self._plan.stages[stage].parameters] for stage in local}
+        self._runner = Runner(self._split, self._pipeline, held, len(self._plan.stages))
         self._engine = engine
         split = self._split
 
@@ -214,15 +174,12 @@ class Stages(OnePiece):
             return self.run("forward", lambda call: forward(*call[0], **call[1]), ((args, kwargs),), {})
 
         OutsideCalls(module, lambda: split.running, through)
-        for metric in module.modules():
-            if isinstance(metric, Metric):
-                metric.dist_sync_fn = self._states_of_the_last
-
-    def _states_of_the_last(self, state: torch.Tensor, group: Any = None) -> list[torch.Tensor]:
-        """Return a metric's state on the ranks that have updated it: those of the last stage."""
-        found = World().all_gather_object(state.cpu())
         last, grid = self._placement[-1], self._strategy.grid
-        return [found[grid.rank(last, number)].to(state.device) for number in range(grid.data)]
+        lasts = [grid.rank(last, number) for number in range(grid.data)]
+        self._metrics = Metrics(module, self._from_last, lasts, last == self._position)
+
+    def _from_last(self, value: Any) -> Any:
+        return self._pipeline.share(value, self._placement[-1])
 
     # ---- steps
 
@@ -235,24 +192,80 @@ class Stages(OnePiece):
 
     def run(self, name: str, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a step of the user's on every micro-batch, in this rank's part of the schedule."""
-        assert self._transport is not None and self._runner is not None and self._engine is not None
-        training, transport = name == "training_step", self._transport
-        whole = name == "forward"  # a call outside of a step: in one piece, and no random number is taken from the user
-        mine = (args[0], 0 if whole else int(torch.randint(0, 1 << 62, ())))
-        batch, seed = transport.share(mine, 0)
-        batch = self._strategy.batch_to_device(batch) if transport.position > 0 and _on_gpu(self._strategy) else batch
-        micro = MicroBatches([batch], [1]) if whole else cut(batch, self.policy)
+        assert self._runner is not None and self._engine is not None and self._metrics is not None
+        training, transport, strategy = name == "training_step", self._pipeline, self._strategy
+        alone = name == "forward"  # a call outside of a step: in one piece, and no random number is taken from the user
+        if training:
+            self._clear()
+        batch, seed = transport.share((args[0], 0 if alone else int(torch.randint(0, 1 << 62, ()))), 0)
+        if transport.position > 0 and not alone:
+            batch = self._taken(batch)
+        micro = MicroBatches([batch], [1]) if alone else self._micro_batches(batch)
         self._runner.timeline = [] if self.timed else None
         key = training, len(micro.parts)
         if key not in self._orders:
             self._orders[key] = lower(self.schedule(*key))
-        work = _Work(self, name, micro, seed, lambda part: step(part, *args[1:], **kwargs))
+
+        def on_part(part: Any) -> Any:
+            return step(part, *args[1:], **kwargs)
+
+        last = len(self._placement) - 1
+        work = Work(strategy, self._engine, self._metrics, name, last, micro, seed, on_part)
         with work.set_apart():
             results = self._runner.run(self._orders[key][transport.position], work)
-        told = work.told([results[number] for number in sorted(results)]) if results else None
-        result, logged = transport.share(told, self._placement[-1])
-        self._log(logged)
-        return _to(result, self._strategy.root_device)
+        result, logged, updated = self._from_last(work.told(results) if results else None)
+        if not results:
+            self._metrics.follow(updated)
+        log_again(self._module, logged, strategy.root_device)
+        if training:
+            flag = torch.tensor([result is not None], dtype=torch.uint8, device=self._engine.device)
+            self._some |= bool(self._engine.exchange.maximum(flag).item())
+            result = torch.zeros(()) if result is None else result  # Lightning refuses None where there are ranks
+        return to_device(result, strategy.root_device)
+
+    def _taken(self, batch: Any) -> Any:
+        """Take over the batch of the first rank: what is logged is weighted by its rows."""
+        strategy = self._strategy
+        if strategy.root_device.type == "cuda":
+            batch = strategy.batch_to_device(batch)
+        results: Any = self._module.trainer._results
+        if results is not None:
+            results.batch, results.batch_size = batch, None
+        return batch
+
+    def _micro_batches(self, batch: Any) -> MicroBatches:
+        """Cut a batch; where ranks count on it, into as many pieces as every other pipeline."""
+        micro = cut(batch, self.policy)
+        if not self._alike:
+            return micro
+        assert self._engine is not None
+        fewest = self._fewest(len(micro.parts))
+        if fewest < len(micro.parts):
+            micro = cut(batch, self.policy, fewest)
+        most = -self._fewest(-len(micro.parts))
+        if most != len(micro.parts) or fewest != len(micro.parts):
+            raise ConfigError(
+                f"pipeline.split returned {len(micro.parts)} micro-batches here and {fewest} to {most} in other "
+                "pipelines. With zero.slots or zero.accumulate='reduce' all need as many: return as many as count says."
+            )
+        return micro
+
+    def _fewest(self, number: int) -> int:
+        assert self._engine is not None
+        found = self._engine.exchange.maximum(torch.tensor([-number], device=self._engine.device))
+        return -int(found.item())
+
+    def _clear(self) -> None:
+        """Drop the gradients that Lightning is going to clear after the step."""
+        assert self._engine is not None
+        trainer = self._module.trainer
+        self._kept = False
+        if trainer.fit_loop.epoch_loop.batch_idx % trainer.accumulate_grad_batches:
+            return
+        self._some = False
+        for binding in self._engine.bindings:
+            self._kept |= bool(binding.grads())
+            binding.drop_gradients()
 
     def timeline(self) -> Timeline:
         """Return when every rank of this pipeline did what in the last step, by the clock of one machine. All ranks of
@@ -262,237 +275,41 @@ class Stages(OnePiece):
         found = self._transport.gather(self._runner.timeline or [])
         return Timeline.of((rank, *entry) for rank, entries in enumerate(found) for entry in entries)
 
-    def _log(self, logged: list[tuple[str, Any, dict[str, Any]]]) -> None:
-        module = self._strategy.lightning_module
-        assert module is not None
-        for name, value, arguments in logged:
-            if isinstance(value, _MetricValue):
-                metric: Any = module.get_submodule(value.name)
-                metric._forward_cache = _to(value.latest, self._strategy.root_device)
-                metric._update_count, value_ = max(metric._update_count, value.updates), metric
-                module.log(name, value_, **arguments)
-            else:
-                module.log(name, _to(value, self._strategy.root_device), **arguments)
-
     def publish(self) -> None:
-        """Hand the gradients of the last step to the optimizers."""
+        """Hand the gradients of the last step to the optimizers.
+
+        Raises:
+            UnsupportedError: if the user has kept gradients of an earlier step, which are dropped already.
+        """
         assert self._engine is not None
-        self._engine.publish()
+        if self._kept and any(binding.grads() for binding in self._engine.bindings):
+            raise UnsupportedError(
+                "optimizer_zero_grad has left the gradients of an earlier step, to add to them. In a pipeline they are "
+                "gone by then: the backward runs inside training_step. Use Trainer(accumulate_grad_batches=...)."
+            )
+        if self._some:
+            self._engine.publish()
+            return
+        for binding in self._engine.bindings:  # as in one process: the optimizer has nothing to step with
+            binding.drop_gradients()
 
     def share_buffers(self) -> None:
-        """Bring the buffers to what the ranks that change them have. All ranks together."""
-        if self._transport is None or self._plan is None or self._split is None:
+        """Bring the buffers, and the metrics that go into checkpoints, to what the ranks that change them have. All
+        ranks together.
+        """
+        if self._split is None or self._plan is None or self._metrics is None:
             return
-        written = {facts.name for facts in self._recording.buffers if facts.written}
+        self._metrics.take_persistent()
+        if not self._written:
+            return
         buffers = dict(self._split.model.named_buffers())
         own = {
             name: buffers[name].detach().cpu()
             for stage in self._split.local
             for name in self._plan.stages[stage].buffers
-            if name in written
+            if name in self._written
         }
-        if not written:
-            return
-        for found in self._transport.gather(own):
+        for found in self._pipeline.gather(own):
             for name, value in found.items():
-                buffers[name].data.copy_(value)
-
-
-class _MetricValue:
-    """A metric that was logged: its name in the module, its value for the batch, and how often it was updated."""
-
-    def __init__(self, name: str, latest: Any, updates: int) -> None:
-        self.name, self.latest, self.updates = name, latest, updates
-
-
-class _Work:
-    """One step: the user's code on each micro-batch, and the engine.
-
-    Args:
-        stages: the pipeline.
-        name: of the user's step.
-        micro: the micro-batches.
-        seed: from which every micro-batch's own is made.
-        step: runs the user's step on a micro-batch.
-    """
-
-    def __init__(self, stages: Stages, name: str, micro: MicroBatches, seed: int, step: Callable[[Any], Any]) -> None:
-        strategy = stages._strategy
-        assert strategy.lightning_module is not None and stages._engine is not None
-        self._module, self._engine, self._plugin = strategy.lightning_module, stages._engine, strategy.precision_plugin
-        self._micro, self._seed, self._step = micro, seed, step
-        self._device = strategy.root_device
-        self._last = len(stages._placement) - 1
-        self._training = name == "training_step"
-        self._accumulate = self._module.trainer.accumulate_grad_batches if self._training else 1
-        self._logged: dict[str, tuple[list[Any], dict[str, Any]]] = {}
-
-    @contextlib.contextmanager
-    def set_apart(self) -> Iterator[None]:
-        """Inside, random numbers are those of micro-batches, and what is logged is kept."""
-        numpy: Any = sys.modules.get("numpy")
-        before = random.getstate(), numpy.random.get_state() if numpy else None
-        devices = [self._device] if self._device.type == "cuda" else []
-        module: Any = self._module
-        with torch.random.fork_rng(devices=devices):
-            module.log = self._ignore
-            try:
-                yield
-            finally:
-                del module.log
-                random.setstate(before[0])
-                if numpy:
-                    numpy.random.set_state(before[1])
-
-    def forward(self, stage: int, micro_batch: int) -> Any:
-        """Run the user's step on a micro-batch."""
-        self._engine.begin_forward(share_buffers=False)
-        seed = (self._seed + 0x9E3779B97F4A7C15 * micro_batch) % (1 << 63)
-        torch.manual_seed(seed)
-        random.seed(seed)
-        numpy: Any = sys.modules.get("numpy")
-        if numpy:
-            numpy.random.seed(seed % (1 << 32))
-        module: Any = self._module
-        module.log = self._keep if stage == self._last else self._ignore
-        return self._step(self._micro.parts[micro_batch])
-
-    def loss(self, micro_batch: int, result: Any) -> torch.Tensor | None:
-        """Return a micro-batch's share of the loss, scaled as the precision wants it."""
-        loss = result.get("loss") if isinstance(result, dict) else result
-        if loss is None:
-            return None
-        part = loss * (self._micro.weights[micro_batch] / self._accumulate)
-        scaler = getattr(self._plugin, "scaler", None)
-        return part if scaler is None else scaler.scale(part)
-
-    def backward(self, last: bool, run: Callable[[], None]) -> None:
-        """Run a part of the backward; the last one begins to reduce the gradients."""
-        if last:
-            self._engine.begin_backward()
-            run()
-            return
-        with self._engine.no_reduce():
-            self._engine.begin_backward()
-            run()
-            self._engine.end_backward()
-
-    def finish(self) -> None:
-        """Return when the gradients are reduced."""
-        if self._training:
-            self._engine.end_backward()
-
-    def landed(self, param: nn.Parameter) -> None:
-        """Take a gradient that was computed outside of a backward."""
-        self._engine.take(param)
-
-    def random_state(self) -> Any:
-        """Return the state of torch's random generators."""
-        cuda = torch.cuda.get_rng_state(self._device) if self._device.type == "cuda" else None
-        return torch.get_rng_state().numpy().tobytes(), None if cuda is None else cuda.numpy().tobytes()
-
-    def set_random_state(self, state: Any) -> None:
-        """Go on from the state that has come with an activation."""
-        cpu, cuda = state
-        torch.set_rng_state(torch.frombuffer(bytearray(cpu), dtype=torch.uint8))
-        if cuda is not None:
-            torch.cuda.set_rng_state(torch.frombuffer(bytearray(cuda), dtype=torch.uint8), self._device)
-
-    # ---- logs
-
-    def _ignore(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-        """Log nothing: the rank of the last stage does."""
-
-    def _keep(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-        if args:
-            raise UnsupportedError(
-                f"self.log({name!r}, value, ...) got further arguments by position; name them (prog_bar=True, ...)."
-            )
-        if isinstance(value, Metric):
-            found = next((n for n, m in self._module.named_modules() if m is value), None)
-            if found is None:
-                raise UnsupportedError(
-                    f"self.log({name!r}) got a metric that is not an attribute of {type(self._module).__name__}; the "
-                    "other ranks of the pipeline cannot find it. Make it one in __init__."
-                )
-            value = _MetricValue(found, value._forward_cache, value._update_count)
-        elif isinstance(value, torch.Tensor):
-            value = value.detach().clone()
-        values, arguments = self._logged.setdefault(name, ([], dict(kwargs)))
-        if values and kwargs.get("batch_size") is not None:
-            arguments["batch_size"] += kwargs["batch_size"]
-        values.append(value)
-
-    def told(self, results: list[Any]) -> tuple[Any, list[tuple[str, Any, dict[str, Any]]]]:
-        """Return what the step has returned, and what it has logged, as if it had run once."""
-        weights = self._micro.weights
-        logged = [
-            (name, _joined(values, weights, arguments), arguments) for name, (values, arguments) in self._logged.items()
-        ]
-        whole = None if any(result is None for result in results) else together(results, weights)
-        if self._training and whole is None:
-            whole = torch.zeros(())  # nothing to step with: no gradient has come
-        return _to(whole, torch.device("cpu")), [(n, _to(v, torch.device("cpu")), a) for n, v, a in logged]
-
-
-def _joined(values: list[Any], weights: list[float], arguments: dict[str, Any]) -> Any:
-    """Return one value for those that were logged for each micro-batch."""
-    if isinstance(values[0], _MetricValue):
-        latest = [value.latest for value in values]
-        if all(isinstance(value, torch.Tensor) and value.numel() == 1 for value in latest):
-            joined: Any = mean([value.reshape(()) for value in latest], _even(latest, weights))
-        else:
-            joined = latest[-1]
-        return _MetricValue(values[-1].name, joined, values[-1].updates)
-    tensors = [torch.as_tensor(value, dtype=None).reshape(()) for value in values]
-    how = str(arguments.get("reduce_fx", "mean"))
-    for word, join in (("sum", torch.sum), ("min", torch.min), ("max", torch.max)):
-        if word in how:
-            return join(torch.stack(tensors))
-    return mean(tensors, _even(tensors, weights))
-
-
-def _even(values: list[Any], weights: list[float]) -> list[float]:
-    """Return the weights of micro-batches, or even ones for a value that was not logged for every one."""
-    return weights if len(values) == len(weights) else [1 / len(values)] * len(values)
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    if isinstance(value, _MetricValue):
-        return _MetricValue(value.name, _to(value.latest, device), value.updates)
-    if isinstance(value, torch.Tensor):
-        return value.detach().to(device)
-    return torch.utils._pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.detach().to(device), value)
-
-
-def _on_gpu(strategy: Any) -> bool:
-    return bool(strategy.root_device.type == "cuda")
-
-
-def strategy_policy(strategy: Any) -> Any:
-    """Return the pipeline that a strategy was given."""
-    return strategy.pipeline
-
-
-def refuse_what_runs_once(module: Any) -> None:
-    """Refuse a module whose step cannot run once for each micro-batch, on every stage.
-
-    Raises:
-        UnsupportedError: saying what.
-    """
-    name = type(module).__name__
-    if not module.automatic_optimization:
-        raise UnsupportedError(
-            f"{name} uses manual optimization: its backward is inside training_step, which a pipeline leaves at the "
-            "end of each stage. Use automatic optimization, or pipeline=none."
-        )
-    if "backward" in {
-        key
-        for kind in type(module).__mro__
-        for key in vars(kind)
-        if not kind.__module__.startswith(("lightning", "pytorch_lightning", "torch"))
-    }:
-        raise UnsupportedError(
-            f"{name} overrides backward, which a pipeline does not call: every stage has a backward of its own. Remove "
-            "it, or use pipeline=none."
-        )
+                if name not in own:
+                    buffers[name].data.copy_(value)

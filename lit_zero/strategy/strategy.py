@@ -223,8 +223,11 @@ class ZeroStrategy(BecomesFabric, Loading, Piping):
             name_groups(trainer, lambda: self.engine)
 
     def on_train_end(self) -> None:
-        """Bring replicated parameters up to date, so that each rank may use the module on its own after ``fit``."""
+        """Bring replicated parameters and buffers up to date, so that each rank may use what it holds of the module on
+        its own after ``fit``.
+        """
         self.engine.wait_for_parameters()
+        self.stages.share_buffers()
 
     def teardown(self) -> None:
         """End the run. The module stays sharded, so that checkpoints can be saved and further runs started after
@@ -331,12 +334,16 @@ class ZeroStrategy(BecomesFabric, Loading, Piping):
         """
         if self._checkpoints is None and self._start_method != "popen" and self.lightning_module is not None:
             return self.lightning_module.state_dict()  # no rank: the ranks have handed the whole weights over
-        return self.checkpoints.weights() if self.together() else {}
+        if not self.together():
+            return {}
+        self.stages.share_buffers()
+        return self.checkpoints.weights()
 
     def full_state_dict(self) -> dict[str, Any]:
         """Return the module's whole state dict in host memory on rank 0, ``{}`` on the others, whichever checkpoint
         format is chosen. All ranks must call this.
         """
+        self.stages.share_buffers()
         return self.checkpoints.whole_weights()
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -27,6 +28,7 @@ class SharedBuffers:
         self._model, self._exchange, self._device = model, exchange, device
         self._seen = self._now()
         self._asked: Ticket | None = None
+        self._resting = False
         self._answers = torch.zeros(exchange.size, dtype=torch.uint8, device=device)
 
     def ask(self) -> None:
@@ -44,7 +46,7 @@ class SharedBuffers:
         """Send rank 0's buffers to all if one had changed when it was asked for. All ranks together."""
         if not torch.is_inference_mode_enabled():
             self._leave_inference_mode()
-        if self._asked is None:
+        if self._asked is None or self._resting:
             return
         self._asked.wait()
         self._asked = None
@@ -52,6 +54,15 @@ class SharedBuffers:
             for buffer in self._model.buffers():
                 self._exchange.broadcast(buffer.data)
         self._seen = self._now()
+
+    @contextlib.contextmanager
+    def at_rest(self) -> Iterator[None]:
+        """Inside, nothing is sent: ranks may run different numbers of forwards."""
+        self._resting = True
+        try:
+            yield
+        finally:
+            self._resting = False
 
     def _now(self) -> list[tuple[torch.Tensor, int]]:
         # The tensors themselves, since a module may put a new one in a buffer's place, whose version may be that of the

@@ -256,8 +256,10 @@ class Binding:
 
     @property
     def has_fp64(self) -> bool:
-        """Whether any of its masters is fp64."""
-        return any(lane.master_dtype == torch.float64 for lane in self._lanes)
+        """Whether any of its masters is fp64, those of other ranks of a pipeline included."""
+        dtypes = {lane.master_dtype for lane in self._lanes}
+        dtypes |= {info.master_dtype for info in self._absent if info.optimizer == self.number}
+        return torch.float64 in dtypes
 
     def grads(self) -> list[torch.Tensor]:
         """Return the gradients of all segments."""

@@ -4,6 +4,7 @@ and when a gradient is complete.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -38,6 +39,7 @@ class Hooks:
         self._gatherer, self._reducer, self._gradient_comes = gatherer, reducer, gradient_comes
         self._model = units[0].module
         self._handles: list[Handle] = [KeptInPlace(self._model)]
+        self._landings: list[Callable[[torch.Tensor], None]] = []
         self._takers: dict[nn.Parameter, Callable[[torch.Tensor], None]] = {}
         for number, unit in enumerate(units):
             if number > 0:
@@ -46,7 +48,8 @@ class Hooks:
                 for lane in parcel.lanes:
                     for index, info in enumerate(lane.infos):
                         hook, self._takers[info.param] = self._landing_hooks(parcel, lane, index)
-                        self._handles.append(info.param.register_post_accumulate_grad_hook(hook))
+                        self._landings.append(hook)
+                        self._handles.append(info.param.register_post_accumulate_grad_hook(_weakly(hook)))
 
     def take(self, param: nn.Parameter) -> None:
         """Take the gradient in ``param.grad``, which autograd has not put there; the parameter's unit is here."""
@@ -127,6 +130,20 @@ class Hooks:
                 self._reducer.complete(parcel)
 
         return landed, taken
+
+
+def _weakly(hook: Callable[[torch.Tensor], None]) -> Callable[[torch.Tensor], None]:
+    """Return a hook that does not keep ``hook`` alive: Python's garbage collector does not see what a parameter's hooks
+    hold, so a hook that leads back to its parameter would keep the whole model for ever.
+    """
+    held = weakref.ref(hook)
+
+    def call(param: torch.Tensor) -> None:
+        found = held()
+        if found is not None:
+            found(param)
+
+    return call
 
 
 def _refuse_parameters(unit: Unit, output: Any) -> None:

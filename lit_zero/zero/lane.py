@@ -321,9 +321,13 @@ class Lane:
         self.accumulated = False
 
     def sum_over_holders(self, exchange: Exchange) -> None:
-        """Add the reduced gradients of all ranks of a pipeline that hold these parameters."""
+        """Add the reduced gradients of all ranks of a pipeline that hold these parameters; what one of them has
+        reached, all have.
+        """
         grad = self._stored_grad()
         grad.copy_(exchange.sum_in_rank_order(grad))
+        reached = torch.tensor(list(self.reached), dtype=torch.uint8, device=self.device)
+        self.reached = bytearray(exchange.maximum(reached).tolist())
 
     def master_grad(self) -> torch.Tensor:
         """Return the gradient that belongs to ``master``: same shape, same dtype; a view where the stored dtype

@@ -1,0 +1,154 @@
+"""One step of a pipeline, from the user's side: their code on each micro-batch, and what it draws, returns and logs."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from lit_zero.pipeline.micro_batches import MicroBatches, together
+from lit_zero.strategy.logged import Logged, Told, to_device
+from lit_zero.strategy.measured import Metrics
+from lit_zero.zero.engine import Engine
+
+
+class Work:
+    """Runs the user's step, and hands gradients to the engine.
+
+    Args:
+        strategy: whose module and precision.
+        engine: takes the gradients.
+        metrics: of the module.
+        name: of the user's step.
+        last: number of the last stage.
+        micro: the micro-batches.
+        seed: from which every micro-batch's own is made.
+        step: runs the user's step on a micro-batch.
+    """
+
+    def __init__(
+        self,
+        strategy: Any,
+        engine: Engine,
+        metrics: Metrics,
+        name: str,
+        last: int,
+        micro: MicroBatches,
+        seed: int,
+        step: Callable[[Any], Any],
+    ) -> None:
+        self._module, self._engine, self._plugin = strategy.lightning_module, engine, strategy.precision_plugin
+        self._metrics, self._last, self._micro, self._seed, self._step = metrics, last, micro, seed, step
+        self._device = strategy.root_device
+        self._training = name == "training_step"
+        self._accumulate = self._module.trainer.accumulate_grad_batches if self._training else 1
+        self._logged = Logged(self._module)
+
+    @contextlib.contextmanager
+    def set_apart(self) -> Iterator[None]:
+        """Inside, random numbers are those of micro-batches, and what is logged is kept."""
+        numpy: Any = sys.modules.get("numpy")
+        before = random.getstate(), numpy.random.get_state() if numpy else None
+        devices = [self._device] if self._device.type == "cuda" else []
+        module: Any = self._module
+        self._metrics.begin()
+        with torch.random.fork_rng(devices=devices), self._engine.buffers.at_rest():
+            module.log, self._metrics.in_step = self._logged.ignore, True
+            try:
+                yield
+            finally:
+                del module.log
+                self._metrics.in_step = False
+                random.setstate(before[0])
+                if numpy:
+                    numpy.random.set_state(before[1])
+
+    def forward(self, stage: int, micro_batch: int) -> Any:
+        """Run the user's step on a micro-batch."""
+        self._engine.begin_forward(share_buffers=False)
+        seed_everything(seed_of(self._seed, micro_batch))
+        module: Any = self._module
+        part = self._micro.parts[micro_batch]
+        if stage == self._last:
+            module.log = self._logged.keep
+            return self._step(part)
+        module.log = self._logged.ignore
+        with self._metrics.unchanged():
+            return self._step(part)
+
+    def loss(self, micro_batch: int, result: Any) -> torch.Tensor | None:
+        """Return a micro-batch's share of the loss, scaled as the precision wants it."""
+        loss = result.get("loss") if isinstance(result, dict) else result
+        if loss is None:
+            return None
+        part = loss * (self._micro.weights[micro_batch] / self._accumulate)
+        scaler = getattr(self._plugin, "scaler", None)
+        return part if scaler is None else scaler.scale(part)
+
+    def backward(self, last: bool, run: Callable[[], None]) -> None:
+        """Run a part of the backward; the last one begins to reduce the gradients."""
+        if last:
+            self._engine.begin_backward()
+            run()
+            return
+        with self._engine.no_reduce():
+            self._engine.begin_backward()
+            run()
+            self._engine.end_backward()
+
+    def finish(self) -> None:
+        """Return when the gradients are reduced."""
+        if self._training:
+            self._engine.end_backward()
+
+    def landed(self, param: nn.Parameter) -> None:
+        """Take a gradient that was computed outside of a backward."""
+        self._engine.take(param)
+
+    def random_state(self) -> Any:
+        """Return the state of torch's random generators."""
+        cuda = torch.cuda.get_rng_state(self._device) if self._device.type == "cuda" else None
+        return torch.get_rng_state().numpy().tobytes(), None if cuda is None else cuda.numpy().tobytes()
+
+    def set_random_state(self, state: Any) -> None:
+        """Go on from the state that has come with an activation."""
+        cpu, cuda = state
+        torch.set_rng_state(torch.frombuffer(bytearray(cpu), dtype=torch.uint8))
+        if cuda is not None:
+            torch.cuda.set_rng_state(torch.frombuffer(bytearray(cuda), dtype=torch.uint8), self._device)
+
+    def told(self, results: dict[int, Any]) -> tuple[Any, Told, dict[str, int]]:
+        """Return what the step has returned, what it has logged, and which metrics it has updated, as if it had run
+        once.
+
+        Args:
+            results: what it has returned for each micro-batch; those of ``None`` count as nothing.
+        """
+        weights = self._micro.weights
+        there = [number for number in sorted(results) if results[number] is not None]
+        whole = together([results[n] for n in there], [weights[n] for n in there]) if there else None
+        return to_device(whole, torch.device("cpu")), self._logged.told(weights), self._metrics.updated()
+
+
+def seed_of(seed: int, micro_batch: int) -> int:
+    """Return the seed with which a micro-batch's step starts.
+
+    Args:
+        seed: drawn for the step, by ``torch.randint(0, 1 << 62, ())`` on the first rank of the pipeline.
+        micro_batch: its number.
+    """
+    return (seed + 0x9E3779B97F4A7C15 * micro_batch) % (1 << 63)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the generators of torch, of ``random`` and of numpy if that is in use."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    numpy: Any = sys.modules.get("numpy")
+    if numpy:
+        numpy.random.seed(seed % (1 << 32))
