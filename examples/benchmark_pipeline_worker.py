@@ -7,7 +7,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -19,6 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from gpt import GPT
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lit_zero import Pipeline, ZeroStrategy
 
@@ -78,14 +79,14 @@ def boundaries(turn: PipelineTurn) -> list[int]:
     return [layers * stage // turn.ranks for stage in range(1, turn.ranks)]
 
 
-def batches(turn: PipelineTurn) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield tokens and targets of every step, the same on every rank."""
+def batches(turn: PipelineTurn) -> DataLoader[Any]:
+    """Return tokens and targets of every step, the same on every rank."""
     generator = torch.Generator().manual_seed(1000)
-    for _ in range(turn.warmup + turn.steps):
-        # Squared, so that small token numbers are more frequent and there is something to learn.
-        numbers = torch.rand((turn.rows, turn.model["block_size"] + 1), generator=generator).square()
-        window = (numbers * turn.model["vocab_size"]).long()
-        yield window[:, :-1], window[:, 1:]
+    rows = turn.rows * (turn.warmup + turn.steps)
+    # Squared, so that small token numbers are more frequent and there is something to learn.
+    numbers = torch.rand((rows, turn.model["block_size"] + 1), generator=generator).square()
+    window = (numbers * turn.model["vocab_size"]).long()
+    return DataLoader(TensorDataset(window[:, :-1], window[:, 1:]), turn.rows)
 
 
 # ---- by hand
@@ -176,12 +177,13 @@ def in_the_trainer(gpt: GPT, turn: PipelineTurn, rank: int, clock: Clock) -> Non
         strategy=ZeroStrategy("none", pipeline=pipeline),
         max_epochs=1,
         callbacks=[Report(clock)],
+        use_distributed_sampler=False,  # it would shuffle; both ranks read the same
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(LitModel(gpt), list(batches(turn)))
+    trainer.fit(LitModel(gpt), batches(turn))
 
 
 CONTENDERS: dict[str, Callable[[GPT, PipelineTurn, int, Clock], None]] = {"torch": by_hand, "lit_zero": in_the_trainer}
