@@ -147,7 +147,11 @@ def seed_of(seed: int, micro_batch: int) -> int:
 
 def seed_everything(seed: int) -> None:
     """Seed the generators of torch, of ``random`` and of numpy if that is in use."""
-    torch.manual_seed(seed)
+    # Not torch.manual_seed: for kinds of devices that are not in use yet, it notes where it was called from, and that
+    # takes milliseconds.
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(seed)
     random.seed(seed)
     numpy: Any = sys.modules.get("numpy")
     if numpy:
