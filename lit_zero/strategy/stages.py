@@ -45,7 +45,7 @@ from lit_zero.pipeline.schedules import build, forward_only
 from lit_zero.pipeline.splitting import Split
 from lit_zero.strategy.flavour import TrainerFn
 from lit_zero.strategy.logged import log_again, to_device
-from lit_zero.strategy.measured import Metrics
+from lit_zero.strategy.measured import Metrics, keep_apart
 from lit_zero.strategy.refusals import refuse_what_runs_once
 from lit_zero.strategy.sample import sample_step
 from lit_zero.strategy.work import Work
@@ -110,6 +110,7 @@ class Stages(OnePiece):
         self._metrics: Metrics | None = None
         self._orders: dict[tuple[bool, int], Any] = {}
         self._written: set[str] = set()  # buffers that steps write to
+        self._looking = False  # at what the step does
         self._trained = False  # the module was divided by what its training step does
         self._kept = False  # gradients were dropped that Lightning has yet to clear
         self._some = False  # training_step has returned a loss since gradients were cleared
@@ -117,7 +118,7 @@ class Stages(OnePiece):
     @property
     def in_step(self) -> bool:  # type: ignore[override]
         """Whether the user's step is running on micro-batches, on this rank alone."""
-        return self._metrics is not None and self._metrics.in_step
+        return self._looking or (self._metrics is not None and self._metrics.in_step)
 
     @property
     def _position(self) -> int:
@@ -193,9 +194,15 @@ class Stages(OnePiece):
     def _divide(self, trainer: Any, boundaries: Any) -> None:
         """Record the user's step on rank 0, and choose the boundaries unless they are given."""
         world, policy, module = World(), self.policy, self._module
-        call = sample_step(trainer, lambda batch: cut(batch, policy).parts[0])
+        sampled = sample_step(trainer, lambda batch: cut(batch, policy).parts[0])
         found: Any = None
+
+        def call() -> Any:
+            keep_apart(module)  # undone with all else that the dry run does
+            return sampled()
+
         if world.rank == 0:
+            self._looking = True
             try:
                 recording = record(module, call, policy.blocks, self._strategy.root_device)
                 boundaries = policy.boundaries if boundaries is None else boundaries
@@ -204,6 +211,11 @@ class Stages(OnePiece):
                 found = recording, plan_split(recording, boundaries)
             except LitZeroError as error:
                 found = error
+            except Exception as error:  # in the user's code; the other ranks are waiting
+                world.broadcast_object(LitZeroError(f"Rank 0 has failed in the user's step: {error!r}"))
+                raise
+            finally:
+                self._looking = False
         found = world.broadcast_object(found)
         if isinstance(found, LitZeroError):
             raise found
