@@ -39,6 +39,7 @@ ALLOWED: dict[str, set[str]] = {
         "lit_zero.precision",
         "lit_zero.zero",
         "lit_zero.checkpoint",
+        "lit_zero.pipeline",
         "lit_zero.config.jobs",  # the command line that a rank is launched with depends on the Hydra job it belongs to
         "lit_zero.config.validate",  # one check of the number of processes, for Hydra users and for Trainer users
     },

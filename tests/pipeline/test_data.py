@@ -65,7 +65,7 @@ def test_ranks_never_train_on_different_batches(ranks: Any, tmp_path: Path, work
     one, other = ranks(2).run(random_data, fit, tmp_path, workers)
     assert len(one[0]) == 2 * 3 * 4 and len(set(one[0])) == len(one[0])
     assert one[0] == other[0]
-    assert one[1] == other[1] and set(one[1]) == {"train_loss", "train_loss_step", "train_loss_epoch"}
+    assert one[1] == other[1] and {"train_loss", "train_loss_step", "train_loss_epoch"} <= set(one[1])
 
 
 # ---- structure
