@@ -26,6 +26,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from benchmark_worker import CONTENDERS, Turn
@@ -72,12 +73,13 @@ class Measured:
             self.peak_bytes = max(self.peak_bytes or 0, *(r["peak_bytes"] for r in results))
 
 
-def take_turn(turn: Turn, timeout: float) -> list[dict]:
+def take_turn(turn: Any, timeout: float, worker: Path = WORKER) -> list[dict]:
     """Run one turn in fresh processes and return what each rank wrote down.
 
     Args:
-        turn: what to run.
+        turn: what to run: a dataclass with the number of ``ranks`` and the ``device``.
         timeout: seconds after which the turn is given up.
+        worker: the program that each rank runs.
 
     Raises:
         RuntimeError: with the last line of the first rank that failed; no process of the turn is left.
@@ -91,7 +93,7 @@ def take_turn(turn: Turn, timeout: float) -> list[dict]:
         with contextlib.ExitStack() as stack:
             for rank, log in enumerate(logs):
                 ranked = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(turn.ranks)}
-                command = [sys.executable, str(WORKER), json.dumps(asdict(turn)), str(rank), str(folder)]
+                command = [sys.executable, str(worker), json.dumps(asdict(turn)), str(rank), str(folder)]
                 output = stack.enter_context(log.open("wb"))
                 processes.append(
                     subprocess.Popen(command, env={**environment, **ranked}, stdout=output, stderr=subprocess.STDOUT)

@@ -92,6 +92,7 @@ class Throughput(pl.Callback):
     def _now(trainer: pl.Trainer) -> _Mark:
         engine = _engine(trainer)
         sent = 0 if engine is None else engine.exchange.counters.sent_bytes
+        sent += getattr(getattr(trainer.strategy, "stages", None), "sent_bytes", 0)  # activations, in a pipeline
         return _Mark(time.perf_counter(), sent, trainer.global_step)
 
 
@@ -101,8 +102,9 @@ class FinalReport(pl.Callback):
     The keys of ``summary`` are those of the following that are known: ``train_loss`` and ``val_loss`` (nats per
     token), ``val_bpb`` (bits per byte), ``steps``, ``parameters`` (elements), ``tokens_per_second`` (all ranks
     together), ``state_bytes_per_rank`` and ``ddp_state_bytes`` (parameters, gradients and optimizer state: on this
-    rank, and on each rank under plain data parallelism in 32 bits), ``buffer_bytes_per_rank`` (in which gathered
-    parameters and new gradients take turns), ``sent_bytes_per_step`` (by this rank). ``sample`` is the generated text.
+    rank, in a pipeline on the rank with the largest stage, and on each rank under plain data parallelism in 32 bits),
+    ``buffer_bytes_per_rank`` (in which gathered parameters and new gradients take turns), ``sent_bytes_per_step`` (by
+    this rank). ``sample`` is the generated text.
 
     Args:
         prompt: text to continue; empty for no sample.
@@ -135,7 +137,7 @@ class FinalReport(pl.Callback):
         engine = _engine(trainer)
         # In the second step: gradients exist, and the first step has made the optimizer's state.
         if engine is not None and trainer.global_step == 1:
-            self._state_bytes = _state_bytes(engine)
+            self._state_bytes = _state_bytes(trainer)
 
     # At the end of training and not of fit: by then the strategy has been torn down.
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -152,7 +154,7 @@ class FinalReport(pl.Callback):
                 print(f"\nA sample of {self.sample_tokens} tokens:\n{self.sample}\n", flush=True)
 
     def _sample(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> str | None:
-        """Generate text on every rank: with sharded parameters all ranks take part in each forward."""
+        """Generate text on every rank: with sharded parameters, and in a pipeline, all take part in each forward."""
         data: Any = getattr(trainer, "datamodule", None)
         module: Any = pl_module
         plain = isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
@@ -187,7 +189,7 @@ def summarize(trainer: pl.Trainer) -> dict[str, float]:
     engine = _engine(trainer)
     if engine is not None:
         summary["parameters"] = engine.parameter_count
-        summary |= _state_bytes(engine)
+        summary |= _state_bytes(trainer)
         moments = _moments(trainer.optimizers[0]) if trainer.optimizers else 0
         summary["ddp_state_bytes"] = engine.parameter_count * 4 * (2 + moments)
     return summary
@@ -222,11 +224,17 @@ def _engine(trainer: pl.Trainer) -> Any:
     return getattr(trainer.strategy, "engine", None)
 
 
-def _state_bytes(engine: Any) -> dict[str, float]:
-    """What the engine keeps on this rank now: model states, and the buffers in which parts of them take turns."""
-    found = dict(engine.model_state_bytes())
+def _state_bytes(trainer: pl.Trainer) -> dict[str, float]:
+    """What the engine keeps on this rank now: model states, and the buffers in which parts of them take turns. In a
+    pipeline, what it keeps on the rank with the most; all ranks must call this.
+    """
+    strategy: Any = trainer.strategy
+    found = dict(strategy.engine.model_state_bytes())
     buffers = found.pop("slots")
-    return {"state_bytes_per_rank": sum(found.values()), "buffer_bytes_per_rank": buffers}
+    kept: list[int] = [sum(found.values()), buffers]
+    if getattr(getattr(strategy, "pipeline", None), "ranks", 1) > 1:
+        kept = strategy.reduce(torch.tensor(kept, device=strategy.root_device), reduce_op="max").tolist()
+    return {"state_bytes_per_rank": kept[0], "buffer_bytes_per_rank": kept[1]}
 
 
 def _moments(optimizer: torch.optim.Optimizer) -> int:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Generator, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -122,6 +123,29 @@ def pytest_runtest_makereport(
     if report.when == "call" and not report.skipped:
         item.config.stash[RUN].add(item.nodeid)
     return report
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """In a worker of pytest-xdist: tell the process that prints the summary what has run here."""
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        stash = session.config.stash
+        output["needs"] = [
+            {name: sorted(items) for name, items in stash.get(ITEMS, {}).items()},
+            sorted(stash.get(RUN, set())),
+            stash.get(OBSTACLES, {}),
+        ]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """Where the summary is printed: take in what a worker has run."""
+    found, run, obstacles = getattr(node, "workeroutput", {}).get("needs", ({}, [], {}))
+    stash = node.config.stash
+    for name, items in found.items():
+        stash.setdefault(ITEMS, {}).setdefault(name, set()).update(items)
+    stash.setdefault(RUN, set()).update(run)
+    stash.setdefault(OBSTACLES, {}).update(obstacles)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

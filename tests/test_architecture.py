@@ -56,6 +56,7 @@ ALLOWED: dict[str, set[str]] = {
         "lit_zero.checkpoint",
         "lit_zero.comm",
         "lit_zero.config.search_path",
+        "lit_zero.pipeline",
         "lit_zero.precision",
         "lit_zero.strategy",
         "lit_zero.zero",
@@ -76,7 +77,10 @@ DOORS: dict[str, dict[str, str]] = {
     "triton": {"lit_zero.kernels": "the door"},
 }
 # Examples are users: they may import Lightning, and the benchmark's contenders are torch.distributed's own.
-USERS = {"lightning": ("examples.",), "torch.distributed": ("examples.benchmark_worker",)}
+USERS = {
+    "lightning": ("examples.",),
+    "torch.distributed": ("examples.benchmark_worker", "examples.benchmark_pipeline_worker"),
+}
 
 
 def sources() -> dict[str, Path]:

@@ -18,7 +18,6 @@ import pickle
 import queue
 import threading
 import weakref
-from collections import deque
 from collections.abc import Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -84,7 +83,7 @@ class Transport:
         separate = device.type == "cuda"
         # By direction: to higher positions, and to lower ones.
         self._groups = [opened("nccl"), opened("nccl")] if separate else [self._headers, self._headers]
-        self._flying: deque[_Flying] = deque()
+        self._leaving: queue.SimpleQueue[_Flying | Future[None] | None] | None = None
         self._coming: dict[Hashable, Future[Message]] = {}
         self._sources: dict[int, _Source] = {}
 
@@ -105,9 +104,11 @@ class Transport:
         group = self._groups[to < self.position]
         works += [dist.isend(tensor, group=group, group_dst=to) for tensor in tensors if tensor.numel()]
         self.sent_bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        self._flying.append(_Flying(works, [header, rest, *tensors]))
-        while self._flying and all(work is None or work.is_completed() for work in self._flying[0].works):
-            self._finish(self._flying.popleft())
+        if self._leaving is None:
+            self._leaving = queue.SimpleQueue()
+            threading.Thread(target=_see_off, args=(self._leaving,), name="lit_zero-pipeline-sent", daemon=True).start()
+            weakref.finalize(self, self._leaving.put, None)
+        self._leaving.put(_Flying(works, [header, rest, *tensors]))
 
     def post(self, key: Hashable, source: int) -> None:
         """Get ready to receive the message ``key`` from the rank at position ``source``, after those posted before."""
@@ -136,8 +137,10 @@ class Transport:
 
     def flush(self) -> None:
         """Return when everything sent has left."""
-        while self._flying:
-            self._finish(self._flying.popleft())
+        if self._leaving is not None:
+            gone: Future[None] = Future()
+            self._leaving.put(gone)
+            gone.result()
 
     def share(self, value: Any, source: int) -> Any:
         """Return the ``value`` (any picklable object) of the rank at position ``source`` on every rank of the
@@ -157,11 +160,23 @@ class Transport:
         dist.all_gather_object(found, value, group=self._headers)
         return found
 
-    @staticmethod
-    def _finish(flying: _Flying) -> None:
-        for work in flying.works:
-            if work is not None:
-                work.wait()
+
+def _see_off(leaving: queue.SimpleQueue[_Flying | Future[None] | None]) -> None:
+    """Hold what is sent until it has left. gloo never says so unless it is waited for, hence the thread."""
+    failure: BaseException | None = None
+    while (item := leaving.get()) is not None:
+        if isinstance(item, _Flying):
+            try:
+                for work in item.works:
+                    if work is not None:
+                        work.wait()
+            except BaseException as error:  # ``flush`` raises it
+                failure = failure or error
+        elif failure is not None:
+            item.set_exception(failure)
+        else:
+            item.set_result(None)
+        del item
 
 
 @dataclass

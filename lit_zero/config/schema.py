@@ -44,6 +44,32 @@ class ZeroStage3(ZeroSharded):
 
 
 @dataclass
+class PipelineNone(Target):
+    """``pipeline=none``."""
+
+    schedule: str = MISSING
+
+
+@dataclass
+class PipelineSchema(PipelineNone):
+    """``pipeline=gpipe``, ``1f1b``, ``zero_bubble`` and ``zbv``."""
+
+    stages: int = MISSING
+    micro_batches: int | None = MISSING
+    blocks: Any = MISSING
+    boundaries: list[int] | None = MISSING
+    balance: Any = MISSING
+    split: Any = MISSING
+
+
+@dataclass
+class PipelineInterleaved(PipelineSchema):
+    """``pipeline=interleaved``."""
+
+    stages_per_rank: int | None = MISSING
+
+
+@dataclass
 class PrecisionTrue32(Target):
     """``precision=32-true`` and ``precision=64-true``: one dtype everywhere, so nothing to choose."""
 
@@ -176,6 +202,7 @@ class TrainerSchema(Target):
 
 SCHEMAS: dict[str, dict[str, type]] = {
     "zero": {"none": ZeroNone, "stage1": ZeroSharded, "stage2": ZeroSharded, "stage3": ZeroStage3},
+    "pipeline": {"none": PipelineNone, "schedule": PipelineSchema, "interleaved": PipelineInterleaved},
     "precision": {"32-true": PrecisionTrue32, "16-true": PrecisionTrue16, "mixed": PrecisionMixed},
     "optimizer": {"adam": AdamSchema, "sgd": SGDSchema},
     "scheduler": {"cosine": CosineSchema, "constant": ConstantSchema},

@@ -75,7 +75,7 @@ def try_out(cfg: DictConfig) -> None:
     if _target(cfg, "model") == "lit_gpt.LitGPT":
         _try_model(cfg, strategy)
         _check_metrics(cfg)
-    _check_effect(cfg)
+    _check_effect(cfg, strategy)
 
 
 def check_folder(cfg: DictConfig, multirun: bool) -> None:
@@ -154,6 +154,7 @@ def _try_model(cfg: DictConfig, strategy: Any) -> None:
         _call("model", model.configure_model)
     if strategy is not None:
         _call("zero", lambda: strategy.check_units(model))
+        _call("pipeline", lambda: strategy.check_blocks(model))
 
 
 def _check_metrics(cfg: DictConfig) -> None:
@@ -171,15 +172,31 @@ def _check_metrics(cfg: DictConfig) -> None:
             )
 
 
-def _check_effect(cfg: DictConfig) -> None:
+def _check_alone(cfg: DictConfig, strategy: Any) -> None:
+    """Refuse settings of what ranks share that hold the same stages, where no two ranks do."""
+    if strategy.parallel_devices is None or strategy.data_parallel_size > 1:
+        return
+    for key, default in (("zero.slots", None), ("zero.poison", False)):
+        value = _value(cfg, key)
+        if value is not None and value != default:
+            raise ConfigError(
+                f"{key}={str(value).lower()} has no effect: the pipeline takes all {strategy.pipeline.ranks} ranks, so "
+                f"no two share the parameters of a stage. Remove {key}, or raise trainer.devices."
+            )
+
+
+def _check_effect(cfg: DictConfig, strategy: Any) -> None:
     """Refuse settings that other settings leave without effect."""
-    accumulate = _value(cfg, "zero.accumulate")
+    piped = _target(cfg, "pipeline").startswith("lit_zero.") and _value(cfg, "pipeline.schedule") != "none"
+    accumulate = None if piped else _value(cfg, "zero.accumulate")  # a pipeline's step has micro-batches of its own
     scheduled = any("GradientAccumulationScheduler" in _target(cfg, f"callbacks.{n}") for n in _names(cfg, "callbacks"))
     if accumulate is not None and _value(cfg, "trainer.accumulate_grad_batches") == 1 and not scheduled:
         raise ConfigError(
             f"zero.accumulate={accumulate} has no effect with trainer.accumulate_grad_batches=1: a step has one "
             "micro-batch. Remove zero.accumulate, or raise trainer.accumulate_grad_batches."
         )
+    if strategy is not None and piped:
+        _check_alone(cfg, strategy)
     if _value(cfg, "trainer.devices") not in (1, "1", [0]) or _value(cfg, "trainer.num_nodes") not in (None, 1):
         return
     for key, default in (("zero.slots", None), ("zero.poison", False), ("comm.overlap", True)):

@@ -34,9 +34,10 @@ class Grid:
         if ranks % pipeline:
             fitting = [n for n in range(1, ranks + 1) if ranks % n == 0]
             raise ConfigError(
-                f"A pipeline takes {pipeline} ranks, which do not divide the {ranks} ranks of this run "
-                f"(trainer.devices times trainer.num_nodes). Start a multiple of {pipeline} ranks, or choose "
-                f"pipeline.stages so that a pipeline takes one of {', '.join(map(str, fitting))} ranks."
+                f"pipeline.stages makes pipelines of {pipeline} ranks, into which the {ranks} "
+                f"rank{'s' * (ranks > 1)} of this run (trainer.devices times trainer.num_nodes) cannot be divided. "
+                f"Start a multiple of {pipeline} ranks, or choose pipeline.stages so that a pipeline takes "
+                f"{' or '.join(map(str, fitting))} rank{'s' * (ranks > 1)}."
             )
         return cls(pipeline, ranks // pipeline)
 

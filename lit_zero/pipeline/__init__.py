@@ -1,1 +1,5 @@
 """Pipeline stages for an unmodified LightningModule."""
+
+from lit_zero.pipeline.policy import Pipeline
+
+__all__ = ["Pipeline"]

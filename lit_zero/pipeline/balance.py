@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from lit_zero.core.errors import ConfigError, check_choice
+from lit_zero.core.errors import check_choice
 from lit_zero.pipeline.facts import Recording
-from lit_zero.pipeline.plan import check_count, refusal
+from lit_zero.pipeline.plan import check_costs, check_count, refusal
 
 BALANCES = ("parameters", "activations", "flops")
 
@@ -37,7 +37,8 @@ def balance(
     allowed = recording.allowed()
     if len(allowed) < stages - 1:
         objection = next(o for o in map(recording.objection, range(1, count)) if o)
-        raise refusal(recording, f"pipeline.stages={stages} needs {stages - 1} boundaries, but {objection}")
+        needed = "1 boundary" if stages == 2 else f"{stages - 1} boundaries"
+        raise refusal(recording, f"pipeline.stages={stages} needs {needed}, but {objection}")
     return partition(_cost(recording, by, before, after), count, stages, allowed)
 
 
@@ -57,10 +58,7 @@ def _cost(recording: Recording, by: str | Sequence[float], before: float, after:
         costs = [float(b.flops if by == "flops" else b.activation_bytes) for b in recording.blocks]
     else:
         costs = [float(cost) for cost in by]
-        if len(costs) != count:
-            raise ConfigError(
-                f"pipeline.balance has {len(costs)} costs, but the block list has {count} blocks: expected one each."
-            )
+        check_costs(costs, count)
         costs[0] += before
         costs[-1] += after
     sums = [0.0]

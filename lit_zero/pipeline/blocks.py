@@ -9,6 +9,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from lit_zero.core.errors import ConfigError, UnsupportedError, did_you_mean
+from lit_zero.pipeline.plan import check_boundaries, check_costs, check_count
+from lit_zero.pipeline.policy import Pipeline
 
 _LISTS = (nn.ModuleList, nn.Sequential)
 _LARGE_LIST = 0.1  # a list of blocks counts as large from this share of the largest list's parameters
@@ -38,6 +40,28 @@ def block_lists(model: nn.Module, blocks: str | Sequence[str] = AUTO) -> dict[st
                 f"{did_you_mean(path, valid) if valid else 'It has none.'}"
             )
     return {path: [_join(path, child) for child, _ in model.get_submodule(path).named_children()] for path in paths}
+
+
+def check_fit(model: nn.Module, policy: Pipeline) -> None:
+    """Check, before anything has run, that a pipeline fits a model.
+
+    Args:
+        model: the whole module; it may be on the meta device.
+        policy: the user's choice.
+
+    Raises:
+        ConfigError: if the block list is not there, or shorter than ``policy`` needs.
+        UnsupportedError: if nothing is repeated in the model.
+    """
+    lists = block_lists(model, policy.blocks)
+    count = sum(map(len, lists.values()))
+    check_count(policy.stages, count)
+    if policy.blocks == AUTO and len(lists) > 1:
+        return  # only a run shows which of them form one sequence
+    if policy.boundaries is not None:
+        check_boundaries(policy.boundaries, count)
+    if not isinstance(policy.balance, str):
+        check_costs(policy.balance, count)
 
 
 def _repeated(model: nn.Module) -> dict[str, list[str]]:

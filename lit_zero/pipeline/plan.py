@@ -85,6 +85,32 @@ def check_count(stages: int, blocks: int) -> None:
         )
 
 
+def check_boundaries(boundaries: Sequence[int], blocks: int) -> None:
+    """Raise unless every stage has a block.
+
+    Raises:
+        ConfigError: naming what came and the numbers that are possible.
+    """
+    edges = (0, *boundaries, blocks)
+    if any(type(b) is not int for b in boundaries) or any(a >= b for a, b in pairwise(edges)):
+        raise ConfigError(
+            f"pipeline.boundaries={list(boundaries)} leaves a stage empty or is out of order: expected increasing "
+            f"numbers of blocks from 1 to {blocks - 1}, the first block of every stage but the first."
+        )
+
+
+def check_costs(costs: Sequence[float], blocks: int) -> None:
+    """Raise unless there is a cost for each block.
+
+    Raises:
+        ConfigError: naming both numbers.
+    """
+    if len(costs) != blocks:
+        raise ConfigError(
+            f"pipeline.balance has {len(costs)} costs, but the block list has {blocks} blocks: expected one each."
+        )
+
+
 def plan_split(recording: Recording, boundaries: Sequence[int]) -> SplitPlan:
     """Divide a recorded model into stages.
 
@@ -98,12 +124,8 @@ def plan_split(recording: Recording, boundaries: Sequence[int]) -> SplitPlan:
     """
     count = len(recording.blocks)
     check_count(len(boundaries) + 1, count)
+    check_boundaries(boundaries, count)
     edges = (0, *boundaries, count)
-    if any(type(b) is not int for b in boundaries) or any(a >= b for a, b in pairwise(edges)):
-        raise ConfigError(
-            f"pipeline.boundaries={list(boundaries)} leaves a stage empty or is out of order: expected increasing "
-            f"numbers of blocks from 1 to {count - 1}, the first block of every stage but the first."
-        )
     for boundary in boundaries:
         objection = recording.objection(boundary)
         if objection:

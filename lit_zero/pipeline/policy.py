@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from lit_zero.core.errors import ConfigError, check_choice
@@ -54,8 +55,7 @@ class Pipeline:
             value = getattr(self, key)
             if value is not None and (type(value) is not int or value < least):
                 raise ConfigError(f"pipeline.{key}={value!r} is not valid: expected an integer of at least {least}.")
-        if isinstance(self.balance, str):
-            check_choice("pipeline.balance", self.balance, BALANCES)
+        self._check_lists()
         if self.split is not None and not callable(self.split):
             raise ConfigError(
                 f"pipeline.split={self.split!r} is not valid: expected a function (batch, count) -> micro-batches."
@@ -82,6 +82,30 @@ class Pipeline:
                 f"pipeline.stages={self.stages} does not fit pipeline.schedule={self.schedule!r}, which runs "
                 f"{self.per_rank} stage{'s' * (self.per_rank > 1)} on every rank: expected a multiple of "
                 f"{self.per_rank}, and at least {least}. pipeline=none trains without a pipeline."
+            )
+
+    def _check_lists(self) -> None:
+        """Check what may be a list, and keep it as a tuple, whatever kind of list it was (Hydra has its own)."""
+        for key, kind, what in (
+            ("blocks", str, "'auto', the path of a list of modules, or several paths"),
+            ("boundaries", int, "the number of the first block of every stage but the first, for example [4, 8]"),
+            ("balance", (int, float), f"one of {', '.join(BALANCES)}, or a number for each block"),
+        ):
+            value = getattr(self, key)
+            if value is None and key == "boundaries":
+                continue
+            if isinstance(value, str) and key != "boundaries":
+                if key == "balance":
+                    check_choice("pipeline.balance", value, BALANCES)
+                continue
+            listed = isinstance(value, Sequence) and not isinstance(value, str)
+            if not listed or any(not isinstance(entry, kind) or isinstance(entry, bool) for entry in value):
+                raise ConfigError(f"pipeline.{key}={value!r} is not valid: expected {what}.")
+            object.__setattr__(self, key, tuple(value))
+        if self.boundaries is not None and any(a >= b for a, b in pairwise((0, *self.boundaries))):
+            raise ConfigError(
+                f"pipeline.boundaries={list(self.boundaries)} leaves a stage empty or is out of order: expected "
+                "increasing numbers of blocks from 1, the first block of every stage but the first."
             )
 
     def _refuse_without_effect(self) -> None:

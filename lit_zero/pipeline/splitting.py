@@ -119,6 +119,11 @@ class Split:
         self._before: list[tuple[nn.Module, Any]] = []  # modules and their own instance's forward, if they had one
         self._numbers = {name: index for index, name in enumerate(b.name for b in recording.blocks)}
 
+    @property
+    def running(self) -> bool:
+        """Whether a step runs as a stage at present."""
+        return self._visit is not None
+
     def is_local(self, param: nn.Parameter) -> bool:
         """Return whether this process holds the values of ``param``."""
         return id(param) not in self._absent

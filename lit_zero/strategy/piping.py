@@ -8,8 +8,10 @@ import torch
 
 from lit_zero.core.errors import UnsupportedError
 from lit_zero.core.grid import Grid
+from lit_zero.pipeline.blocks import check_fit
 from lit_zero.pipeline.policy import Pipeline
-from lit_zero.strategy.stages import OnePiece, Stages
+from lit_zero.strategy.one_piece import OnePiece
+from lit_zero.strategy.stages import Stages
 from lit_zero.strategy.talking import Talking
 
 
@@ -27,6 +29,16 @@ class Piping(Talking):
     def _open_stages(self, pipeline: Pipeline) -> None:
         self.pipeline = pipeline
         self.stages = OnePiece() if pipeline.schedule == "none" else Stages(self)
+        self.stages.zero(self.zero)  # which refuses what does not go together
+
+    def check_blocks(self, module: torch.nn.Module) -> None:
+        """Refuse a choice of ``pipeline`` that does not fit ``module``, which may be on the meta device.
+
+        Raises:
+            ConfigError: naming what is not there, or too much.
+        """
+        if not self.stages.whole:
+            check_fit(module, self.pipeline)
 
     @property
     def grid(self) -> Grid:

@@ -30,24 +30,22 @@ import torch
 
 from lit_zero.comm.open import open_exchange
 from lit_zero.comm.transport import Transport
-from lit_zero.comm.world import World
-from lit_zero.core.errors import ConfigError, LitZeroError, UnsupportedError
+from lit_zero.core.errors import ConfigError, UnsupportedError
 from lit_zero.core.holding import Holding
-from lit_zero.pipeline.balance import balance
-from lit_zero.pipeline.facts import Recording
 from lit_zero.pipeline.lowering import lower
 from lit_zero.pipeline.micro_batches import MicroBatches, cut
-from lit_zero.pipeline.plan import SplitPlan, plan_split
-from lit_zero.pipeline.recording import record
+from lit_zero.pipeline.plan import SplitPlan
 from lit_zero.pipeline.runner import Runner
 from lit_zero.pipeline.schedule import Schedule
 from lit_zero.pipeline.schedules import build, forward_only
 from lit_zero.pipeline.splitting import Split
+from lit_zero.pipeline.timeline import Timeline
+from lit_zero.strategy.calls import OutsideCalls
+from lit_zero.strategy.dividing import Dividing
 from lit_zero.strategy.flavour import TrainerFn
 from lit_zero.strategy.logged import log_again, to_device
-from lit_zero.strategy.measured import Metrics, keep_apart
+from lit_zero.strategy.measured import Metrics
 from lit_zero.strategy.refusals import refuse_what_runs_once
-from lit_zero.strategy.sample import sample_step
 from lit_zero.strategy.work import Work
 from lit_zero.zero.engine import Engine
 from lit_zero.zero.policy import Placement, Zero
@@ -58,47 +56,17 @@ if TYPE_CHECKING:
 _EVERY_UNIT = 1 << 30  # slots: as many as there are units
 
 
-class OnePiece:
-    """No pipeline: every rank holds the whole module.
-
-    Attributes:
-        whole: the module is in one piece.
-        in_step: the user's step is running on micro-batches, on this rank alone.
-    """
-
-    whole = True
-    in_step = False
-
-    def zero(self, zero: Zero) -> Zero:
-        """Return the ZeRO stage as it is to be used."""
-        return zero
-
-    def plan(self, trainer: Any) -> dict[str, Any]:
-        """Divide the module; return what the engine must know of it. All ranks together."""
-        return {}
-
-    def attach(self, engine: Engine) -> None:
-        """Work with a new engine."""
-
-    def run(self, name: str, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a step of the user's."""
-        return step(*args, **kwargs)
-
-    def publish(self) -> None:
-        """Hand the gradients of the last step to the optimizers."""
-
-    def share_buffers(self) -> None:
-        """Bring the buffers to what the ranks that change them have. All ranks together."""
-
-
-class Stages(OnePiece):
+class Stages(Dividing):
     """A pipeline.
 
     Args:
         strategy: whose module is divided.
+
+    Attributes:
+        timed: keep when each action of a step begins and ends, see ``timeline``.
     """
 
-    whole = False
+    whole, timed = False, False
 
     def __init__(self, strategy: ZeroStrategy) -> None:
         self._strategy, self.policy = strategy, strategy.pipeline
@@ -110,7 +78,7 @@ class Stages(OnePiece):
         self._metrics: Metrics | None = None
         self._orders: dict[tuple[bool, int], Any] = {}
         self._written: set[str] = set()  # buffers that steps write to
-        self._looking = False  # at what the step does
+        self._looking = False
         self._trained = False  # the module was divided by what its training step does
         self._kept = False  # gradients were dropped that Lightning has yet to clear
         self._some = False  # training_step has returned a loss since gradients were cleared
@@ -121,6 +89,11 @@ class Stages(OnePiece):
         return self._looking or (self._metrics is not None and self._metrics.in_step)
 
     @property
+    def sent_bytes(self) -> int:  # type: ignore[override]
+        """Bytes of activations and gradients of them that this rank has sent so far."""
+        return 0 if self._transport is None else self._transport.sent_bytes
+
+    @property
     def _position(self) -> int:
         return self._strategy.grid.position(self._strategy.global_rank)
 
@@ -128,12 +101,6 @@ class Stages(OnePiece):
     def _pipeline(self) -> Transport:
         assert self._transport is not None
         return self._transport
-
-    @property
-    def _module(self) -> Any:
-        module = self._strategy.lightning_module
-        assert module is not None
-        return module
 
     def zero(self, zero: Zero) -> Zero:
         """Return the ZeRO stage as it is to be used: by default a unit is gathered, and its gradient reduced, once a
@@ -191,58 +158,6 @@ class Stages(OnePiece):
         everyone = open_exchange(strategy.comm, device, None, timeout, large=False)
         return {"holding": holding, "everyone": everyone, "ties": ties}
 
-    def _divide(self, trainer: Any, boundaries: Any) -> None:
-        """Record the user's step on rank 0, and choose the boundaries unless they are given."""
-        world, policy, module = World(), self.policy, self._module
-        sampled = sample_step(trainer, lambda batch: cut(batch, policy).parts[0])
-        found: Any = None
-
-        def call() -> Any:
-            keep_apart(module)  # undone with all else that the dry run does
-            return sampled()
-
-        if world.rank == 0:
-            self._looking = True
-            try:
-                recording = record(module, call, policy.blocks, self._strategy.root_device)
-                boundaries = policy.boundaries if boundaries is None else boundaries
-                if boundaries is None:
-                    boundaries = balance(recording, policy.stages, policy.balance)
-                found = recording, plan_split(recording, boundaries)
-            except LitZeroError as error:
-                found = error
-            except Exception as error:  # in the user's code; the other ranks are waiting
-                world.broadcast_object(LitZeroError(f"Rank 0 has failed in the user's step: {error!r}"))
-                raise
-            finally:
-                self._looking = False
-        found = world.broadcast_object(found)
-        if isinstance(found, LitZeroError):
-            raise found
-        self._recording: Recording
-        self._recording, self._plan = found
-        self._written |= {facts.name for facts in self._recording.buffers if facts.written}
-        self._placement = build(policy.schedule, policy.stages, policy.pieces, ranks=policy.ranks).placement
-
-    def _divide_again(self, trainer: Any) -> None:
-        """Find out what the training step does with a module that was divided by what another step does."""
-        before = self._plan
-        assert before is not None
-        self._divide(trainer, before.boundaries)
-        assert self._plan is not None
-        for old, new in zip(before.stages, self._plan.stages, strict=True):
-            lacking = sorted(set(new.parameters) - set(old.parameters))
-            if lacking:
-                raise UnsupportedError(
-                    f"training_step needs the parameter {lacking[0]!r} on stage {new.number}, but the module was "
-                    "divided by what another step does, which does not. Call trainer.fit first, or give this fit a "
-                    "module and a Trainer of its own."
-                )
-        # What only the other step needs stays where it is.
-        stages = zip(before.stages, self._plan.stages, strict=True)
-        merged = tuple(replace(new, parameters=old.parameters, buffers=old.buffers) for old, new in stages)
-        self._plan = replace(self._plan, stages=merged)
-
     def attach(self, engine: Engine) -> None:
         """Work with a new engine: let go of what other ranks hold, and take the blocks' entries."""
         assert self._plan is not None
@@ -254,6 +169,12 @@ class Stages(OnePiece):
         held = {stage: [params[name] for name in self._plan.stages[stage].parameters] for stage in local}
         self._runner = Runner(self._split, self._pipeline, held, len(self._plan.stages))
         self._engine = engine
+        split = self._split
+
+        def through(forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return self.run("forward", lambda call: forward(*call[0], **call[1]), ((args, kwargs),), {})
+
+        OutsideCalls(module, lambda: split.running, through)
         last, grid = self._placement[-1], self._strategy.grid
         lasts = [grid.rank(last, number) for number in range(grid.data)]
         self._metrics = Metrics(module, self._from_last, lasts, last == self._position)
@@ -274,12 +195,14 @@ class Stages(OnePiece):
         """Run a step of the user's on every micro-batch, in this rank's part of the schedule."""
         assert self._runner is not None and self._engine is not None and self._metrics is not None
         training, transport, strategy = name == "training_step", self._pipeline, self._strategy
+        alone = name == "forward"  # a call outside of a step: in one piece, and no random number is taken from the user
         if training:
             self._clear()
-        batch, seed = transport.share((args[0], int(torch.randint(0, 1 << 62, ()))), 0)
-        if transport.position > 0:
+        batch, seed = transport.share((args[0], 0 if alone else int(torch.randint(0, 1 << 62, ()))), 0)
+        if transport.position > 0 and not alone:
             batch = self._taken(batch)
-        micro = self._micro_batches(batch)
+        micro = MicroBatches([batch], [1]) if alone else self._micro_batches(batch)
+        self._runner.timeline = [] if self.timed else None
         key = training, len(micro.parts)
         if key not in self._orders:
             self._orders[key] = lower(self.schedule(*key))
@@ -344,6 +267,14 @@ class Stages(OnePiece):
         for binding in self._engine.bindings:
             self._kept |= bool(binding.grads())
             binding.drop_gradients()
+
+    def timeline(self) -> Timeline:
+        """Return when every rank of this pipeline did what in the last step, by the clock of one machine. All ranks of
+        the pipeline together; set ``timed`` before the step.
+        """
+        assert self._transport is not None and self._runner is not None
+        found = self._transport.gather(self._runner.timeline or [])
+        return Timeline.of((rank, *entry) for rank, entries in enumerate(found) for entry in entries)
 
     def publish(self) -> None:
         """Hand the gradients of the last step to the optimizers.

@@ -122,6 +122,7 @@ class ZeroStrategy(BecomesFabric, Loading, Piping):
     # ---- processes
 
     def _configure_launcher(self) -> None:
+        self.grid  # noqa: B018 - refuses, before any rank is started, ranks that do not divide into pipelines
         self._launcher = choose_launcher(self, self._start_method)
 
     def setup_environment(self) -> None:

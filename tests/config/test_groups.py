@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ValidationError
 
 import lit_zero
-from lit_zero import Checkpoint, Comm, Precision, Zero, ZeroStrategy
+from lit_zero import Checkpoint, Comm, Pipeline, Precision, Zero, ZeroStrategy
 from lit_zero.config.schema import SCHEMAS
 from tests.config.support import APPS, composed, run
 
@@ -23,7 +23,7 @@ OPTIONS = [f"{file.parent.name}={file.stem}" for file in sorted(CONF.glob("*/*.y
 def test_all_groups_are_there() -> None:
     groups = {option.split("=")[0] for option in OPTIONS} | {"hydra"}
     assert groups == {
-        *("zero", "precision", "checkpoint", "comm", "optimizer", "scheduler", "model", "data", "trainer"),
+        *("zero", "pipeline", "precision", "checkpoint", "comm", "optimizer", "scheduler", "model", "data", "trainer"),
         *("logger", "callbacks", "experiment", "hparams_search", "hydra", "paths"),
     }
 
@@ -40,6 +40,31 @@ def test_option_composes_with_nothing_missing(option: str) -> None:
 @pytest.mark.parametrize("stage", ["none", "stage1", "stage2", "stage3"])
 def test_zero_builds_the_stage_with_its_own_defaults(stage: str) -> None:
     assert instantiate(composed(f"zero={stage}").zero) == Zero(stage)
+
+
+@pytest.mark.parametrize(
+    ("name", "stages"), [("gpipe", 2), ("1f1b", 2), ("interleaved", 4), ("zero_bubble", 2), ("zbv", 4)]
+)
+def test_pipeline_builds_the_schedule_with_its_own_defaults(name: str, stages: int) -> None:
+    pipeline = instantiate(composed(f"pipeline={name}").pipeline)
+    assert pipeline == Pipeline(name, stages)
+    assert pipeline.ranks == 2, "what the default trainer.devices has"
+    assert instantiate(composed().pipeline) == Pipeline()
+
+
+def test_pipeline_takes_lists_and_a_function() -> None:
+    cfg = composed(
+        "pipeline=1f1b",
+        "pipeline.stages=3",
+        "pipeline.boundaries=[1,2]",
+        "pipeline.blocks=[gpt.blocks]",
+        "pipeline.split={_target_: torch.tensor_split, _partial_: true}",
+    )
+    pipeline = instantiate(cfg.strategy).pipeline
+    assert (pipeline.boundaries, pipeline.blocks) == ((1, 2), ("gpt.blocks",))
+    assert [len(part) for part in pipeline.split(torch.zeros(5), 2)] == [3, 2]
+    by_cost = instantiate(composed("pipeline=1f1b", "pipeline.balance=[1,2.5,1]").pipeline)
+    assert by_cost.balance == (1, 2.5, 1)
 
 
 @pytest.mark.parametrize(
@@ -66,6 +91,9 @@ def test_strategy_gets_every_group() -> None:
         "zero.slots=3",
         "zero.units=[Block]",
         "comm=plain",
+        "pipeline=interleaved",
+        "pipeline.stages=6",
+        "pipeline.stages_per_rank=3",
         "checkpoint=sharded",
         "precision=bf16-mixed",
         "precision.lower=all",
@@ -74,6 +102,7 @@ def test_strategy_gets_every_group() -> None:
     assert isinstance(strategy, ZeroStrategy)
     assert strategy.zero == Zero("stage3", units=["Block"], slots=3)
     assert strategy.comm == Comm(overlap=False)
+    assert strategy.pipeline == Pipeline("interleaved", stages=6, stages_per_rank=3)
     assert strategy.checkpoint_policy == Checkpoint("sharded")
     assert strategy.precision_policy == Precision(lower="all")
 
@@ -116,9 +145,15 @@ def test_trainer_loggers_and_callbacks_are_built(tmp_path: Path) -> None:
 
 
 def test_last_check_is_at_the_last_step() -> None:
-    for option in ("trainer=cpu", "trainer=gpu", "experiment=stages", "experiment=gpt_30m"):
+    for option in ("trainer=cpu", "trainer=gpu", "experiment=stages", "experiment=gpt_30m", "experiment=pipeline_2x2"):
         trainer = composed(option).trainer
         assert trainer.max_steps % trainer.val_check_interval == 0
+
+
+def test_experiment_pipeline_is_two_by_two() -> None:
+    cfg = composed("experiment=pipeline_2x2")
+    assert cfg.trainer.devices == 4
+    assert instantiate(cfg.pipeline) == Pipeline("1f1b", stages=2, micro_batches=4)
 
 
 def test_experiment_stages_is_a_sweep() -> None:
@@ -143,6 +178,10 @@ def test_schemas_refuse_unknown_keys_and_wrong_types() -> None:
         cfg.zero.slot = 3
     with pytest.raises(ValidationError):
         cfg.zero.slots = "three"
+    with pytest.raises(ValidationError):
+        composed("pipeline=1f1b").pipeline.stages = "three"
+    with pytest.raises(ValidationError):
+        composed("pipeline=1f1b").pipeline.boundaries = ["a"]
     with pytest.raises(ValidationError):
         cfg.comm.overlap = "maybe"
     with pytest.raises(ValidationError):

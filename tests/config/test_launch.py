@@ -107,3 +107,25 @@ def test_main_job_in_every_stage(tmp_path: Path) -> None:
     assert done.output.count("completed\n") == 4
     assert (tmp_path / "sweep" / "3" / "checkpoints" / "last.ckpt").exists()
     assert list((tmp_path / "sweep" / "0" / "tensorboard").glob("events*"))
+
+
+def test_main_job_in_a_pipeline(tmp_path: Path) -> None:
+    """Two stages on two ranks, twice: the numbers of the job without a pipeline, and a sample at the end."""
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog\n" * 400)
+    small = ["model.dim=32", "model.heads=2", "data.block_size=32", "data.vocab_size=256", "data.val_fraction=0.2"]
+    short = ["trainer.max_steps=4", "trainer.val_check_interval=4", "callbacks.report.sample_tokens=3", "logger=csv"]
+    same = ["trainer.devices=4", "data.batch_size=8", "model.layers=2", "strategy.evaluation=lightning"]
+    places = [f"data.path={text}", f"paths.cache_dir={tmp_path}/cache"]
+    results = {}
+    for name, words in {"piped": ["experiment=pipeline_2x2"], "whole": ["data.batch_size=4"]}.items():
+        folder = f"hydra.run.dir={tmp_path}/{name}"
+        done = run(EXAMPLES / "train.py", *small, *short, *places, *same, *words, folder, cwd=tmp_path)
+        assert done.code == 0, done.output
+        assert "A sample of 3 tokens:" in done.output
+        results[name] = json.loads((tmp_path / name / "result.json").read_text())
+    piped, whole = results["piped"], results["whole"]
+    assert piped["val_loss"] == pytest.approx(whole["val_loss"], rel=1e-5)
+    assert piped["val_bpb"] == pytest.approx(whole["val_bpb"], rel=1e-5)
+    assert piped["parameters"] == whole["parameters"]
+    assert (tmp_path / "piped" / "checkpoints" / "last.ckpt").exists()

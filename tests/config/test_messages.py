@@ -53,6 +53,31 @@ STAGES = "Choose one of: none, stage1, stage2, stage3."
             ["precision=16-mixed"],
             "precision=16-mixed needs a GPU: on trainer.accelerator=cpu, Lightning would silently compute in bf16",
         ),
+        (
+            ["pipeline=1f1c"],
+            "pipeline=1f1c is not known. Did you mean '1f1b'? Choose one of: 1f1b, gpipe, interleaved, none, zbv, zer",
+        ),
+        (
+            ["pipeline.stages=4"],
+            "pipeline.stages=4: 'pipeline' has no key 'stages' here. It exists with pipeline=1f1b and pipeline=gpipe ",
+        ),
+        (
+            ["pipeline=1f1b", "pipeline.stages_per_rank=2"],
+            "pipeline.stages_per_rank=2: 'pipeline' has no key 'stages_per_rank' here. It exists with pipeline=interl",
+        ),
+        (
+            ["pipeline=1f1b", "pipeline.stage=4"],
+            "pipeline.stage=4: 'pipeline' has no key 'stage' here. Did you mean 'stages'?",
+        ),
+        (["pipeline=1f1b", "pipeline.stages=two"], "pipeline.stages=two is not valid: expected a whole number."),
+        (
+            ["pipeline=1f1b", "pipeline.boundaries=[a]"],
+            "pipeline.boundaries=['a'] is not valid: expected a list, each item a whole number.",
+        ),
+        (
+            ["pipeline=1f1b", "pipeline.schedule=1f1c"],
+            "pipeline.schedule='1f1c' is not known. Did you mean '1f1b'? Choose one of: none, gpipe, 1f1b, ",
+        ),
         (["comm.overlap=maybe"], "comm.overlap=maybe is not valid: expected true or false."),
         (
             ["checkpoint.format=fll"],
@@ -99,7 +124,7 @@ STAGES = "Choose one of: none, stage1, stage2, stage3."
         (["seed=abc"], "seed='abc' is not valid: expected a whole number from 0 to 4294967295."),
         (
             ["experiment=gpt_30"],
-            "experiment=gpt_30 is not known. Did you mean 'gpt_30m'? Choose one of: gpt_30m, stages.",
+            "experiment=gpt_30 is not known. Did you mean 'gpt_30m'? Choose one of: gpt_30m, pipeline_2x2, stages.",
         ),
         (["foo/bar=baz"], "foo/bar=baz: there is no config group 'foo/bar'."),
         (["hydra.rn.dir=here"], "Could not override 'hydra.rn.dir'."),

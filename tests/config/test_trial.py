@@ -48,6 +48,59 @@ STAGE3 = ("trainer.devices=1", "zero=stage3")
             ["zero.units=[Blok]"],
             "zero.units names 'Blok', but no module of that class or name exists. Did you mean 'Block'",
         ),
+        (
+            ["pipeline=1f1b", "pipeline.stages=1"],
+            "pipeline.stages=1 does not fit pipeline.schedule='1f1b', which runs 1 stage on every rank: expected a "
+            "multiple of 1, and at least 2. pipeline=none trains without a pipeline.",
+        ),
+        (
+            ["pipeline=1f1b", "pipeline.stages=3"],
+            "pipeline.stages makes pipelines of 3 ranks, into which the 2 ranks of this run (trainer.devices times "
+            "trainer.num_nodes) cannot be divided. Start a multiple of 3 ranks, or choose pipeline.stages so that a "
+            "pipeline takes 1 or 2 ranks.",
+        ),
+        (
+            ["pipeline=1f1b", "trainer.devices=3", "trainer.num_nodes=3"],
+            "pipeline.stages makes pipelines of 2 ranks, into which the 9 ranks of this run (trainer.devices times",
+        ),
+        (["pipeline=1f1b", "pipeline.micro_batches=0"], "pipeline.micro_batches=0 is not valid: expected an integer"),
+        (
+            ["pipeline=1f1b", "pipeline.stages=4", "trainer.devices=4"],
+            "pipeline.stages=4 is more than the 3 blocks of the block list; every stage needs one. Use fewer stages, "
+            "or name a longer list with pipeline.blocks.",
+        ),
+        (
+            ["pipeline=1f1b", "pipeline.blocks=gpt.block"],
+            "pipeline.blocks='gpt.block' is not the path of a ModuleList or Sequential of the model. Did you mean "
+            "'gpt.blocks'?",
+        ),
+        (
+            ["pipeline=1f1b", "pipeline.boundaries=[3]"],
+            "pipeline.boundaries=[3] leaves a stage empty or is out of order: expected increasing numbers of blocks "
+            "from 1 to 2, the first block of every stage but the first.",
+        ),
+        (["pipeline=1f1b", "pipeline.boundaries=[0]"], "pipeline.boundaries=[0] leaves a stage empty or is out of"),
+        (["pipeline=1f1b", "pipeline.boundaries=[1,2]"], "pipeline.boundaries=[1, 2] makes 3 stages, but pipeline."),
+        (
+            ["pipeline=1f1b", "pipeline.balance=[1,1]"],
+            "pipeline.balance has 2 costs, but the block list has 3 blocks: expected one each.",
+        ),
+        (["pipeline=1f1b", "pipeline.balance=flop"], "pipeline.balance='flop' is not known. Did you mean 'flops'?"),
+        (
+            ["pipeline=1f1b", "pipeline.balance=3"],
+            "pipeline.balance=3 is not valid: expected one of parameters, activations, flops, or a number for each",
+        ),
+        (["pipeline=1f1b", "pipeline.blocks=7"], "pipeline.blocks=7 is not valid: expected 'auto', the path of a list"),
+        (["pipeline=1f1b", "pipeline.split=rows"], "pipeline.split='rows' is not valid: expected a function (batch, "),
+        (
+            ["pipeline=zero_bubble", "zero=stage3", "zero.slots=2", "trainer.devices=4"],
+            "zero.slots=2 does not go with pipeline.schedule='zero_bubble': the gradients of weights are computed long",
+        ),
+        (
+            ["pipeline=1f1b", "zero=stage3", "zero.slots=2"],
+            "zero.slots=2 has no effect: the pipeline takes all 2 ranks, so no two share the parameters of a stage. "
+            "Remove zero.slots, or raise trainer.devices.",
+        ),
         (["callbacks.model_checkpoint.mode=up"], "callbacks.model_checkpoint: `mode` can be "),
         (
             ["callbacks.model_checkpoint.monitor=val_los"],
@@ -119,6 +172,11 @@ SCHEDULED = "{_target_: lightning.pytorch.callbacks.GradientAccumulationSchedule
         ["trainer.limit_val_batches=0", "optimized_metric=null", "callbacks.model_checkpoint.monitor=null"],
         ["callbacks=none", "logger=none", "scheduler=constant", "optimizer=sgd"],
         ["+trainer.deterministic=true", "zero.units=[Block]"],
+        ["pipeline=1f1b", "pipeline.micro_batches=100"],  # more than a batch has rows: as many as rows
+        ["pipeline=1f1b", "zero.accumulate=reduce"],  # a step has micro-batches without accumulation too
+        ["pipeline=1f1b", "trainer.devices=4", "zero=stage3", "zero.slots=2", "pipeline.boundaries=[2]"],
+        ["pipeline=interleaved", "trainer.devices=2", "model.layers=4"],
+        ["experiment=pipeline_2x2"],
     ],
 )
 def test_what_is_right_is_not_refused(arguments: list[str]) -> None:

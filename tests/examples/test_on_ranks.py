@@ -14,7 +14,7 @@ from lit_gpt import BitsPerByte, LitGPT
 from reporting import FinalReport, Throughput
 from text_data import TextDataModule
 
-from lit_zero import ZeroStrategy
+from lit_zero import Pipeline, ZeroStrategy
 from tests.pool import RankPool
 
 
@@ -26,10 +26,20 @@ def bits_per_byte() -> float:
     return float(metric.compute())
 
 
+# The first two divide the data alike: DDP repeats samples so that ranks have equally many.
+STRATEGIES: dict[str, Callable[[], Any]] = {
+    "ddp": lambda: "ddp",
+    "zero3": lambda: ZeroStrategy("stage3", evaluation="lightning"),
+    "zero3 once": lambda: ZeroStrategy("stage3"),
+    "pipeline": lambda: ZeroStrategy(pipeline=Pipeline("1f1b", stages=2, micro_batches=4)),
+}
+
+
 def train(strategy: str, folder: Path) -> tuple[dict[str, float], str | None, float]:
     pl.seed_everything(3)
+    rows = 8 if strategy == "pipeline" else 4  # its two ranks read the same batch
     data = TextDataModule(
-        folder / "book.txt", vocab_size=300, block_size=8, batch_size=4, val_fraction=0.1, cache_dir=folder / "cache"
+        folder / "book.txt", vocab_size=300, block_size=8, batch_size=rows, val_fraction=0.1, cache_dir=folder / "cache"
     )
     model = LitGPT(
         vocab_size=300, block_size=8, dim=16, layers=2, heads=2, optimizer=partial(torch.optim.AdamW, lr=1e-2)
@@ -38,8 +48,7 @@ def train(strategy: str, folder: Path) -> tuple[dict[str, float], str | None, fl
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=2,
-        # Both divide the data alike: DDP repeats samples so that ranks have equally many.
-        strategy=ZeroStrategy("stage3", evaluation="lightning") if strategy == "zero3" else strategy,
+        strategy=STRATEGIES[strategy](),
         max_steps=8,
         val_check_interval=4,
         check_val_every_n_epoch=None,
@@ -60,12 +69,23 @@ def test_bits_per_byte_adds_up_before_it_divides(ranks: Callable[[int], RankPool
 
 def test_ranks_agree_and_sharding_changes_nothing(ranks: Callable[[int], RankPool], tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text("".join(f"{number:07d} " for number in range(300)))
-    found: dict[str, Any] = {name: ranks(2).run(train, name, tmp_path, timeout=120) for name in ("ddp", "zero3")}
+    found: dict[str, Any] = {name: ranks(2).run(train, name, tmp_path, timeout=120) for name in STRATEGIES}
     for (first, sample, bits), (second, other_sample, other_bits) in found.values():
         assert first["val_loss"] == second["val_loss"]
         assert bits == other_bits
         assert sample is not None
         assert sample == other_sample
+    (piped, piped_sample, _), (ddp, sample, _) = found["pipeline"][0], found["ddp"][0]
+    (once, _, _) = found["zero3 once"][0]
+    assert piped["val_loss"] == pytest.approx(once["val_loss"], rel=1e-5)
+    assert piped["val_bpb"] == pytest.approx(once["val_bpb"], rel=1e-5)
+    assert piped_sample == sample
+    # The first stage: tokens (tied, so on both), positions, and one of the two blocks; fp32 and Adam.
+    block = (piped["parameters"] - 300 * 16 - 8 * 16 - 16) / 2
+    assert piped["state_bytes_per_rank"] == 16 * (300 * 16 + 8 * 16 + block)
+    assert piped["parameters"] == found["zero3"][0][0]["parameters"]
+    # Four micro-batches of 2 x 8 x 16 activations, and the reduction of the tied weight.
+    assert 4 * 2 * 8 * 16 * 4 <= piped["sent_bytes_per_step"] <= 4 * 2 * 8 * 16 * 4 + 2 * 300 * 16 * 4
     (ddp, sample, _), (zero, zero_sample, _) = found["ddp"][0], found["zero3"][0]
     assert zero["val_loss"] == pytest.approx(ddp["val_loss"], rel=1e-5)
     assert zero["val_bpb"] == pytest.approx(ddp["val_bpb"], rel=1e-5)

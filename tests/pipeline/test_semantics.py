@@ -370,7 +370,7 @@ REFUSED = {
     "positional": "got further arguments by position; name them",
     "state_dict": "would see the parameters of one stage of the pipeline only.*full_state_dict",
     "unknown": "no parameter 'model.heat.weight'. Did you mean.*model.blocks.0.up.weight.*model.blocks.3.up.weight",
-    "error": "Rank 0 has failed in the user's step: KeyError.*rank 0 failed: KeyError|KeyError.*Rank 0 has failed",
+    "error": "KeyError: 'user'",
     "kept": "optimizer_zero_grad has left the gradients.*accumulate_grad_batches",
 }
 

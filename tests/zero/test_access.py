@@ -300,3 +300,28 @@ def test_only_what_the_loss_reaches_is_reduced(ranks, stage):
         assert first["reductions"] == second["reductions"] == again["reductions"] == both["reductions"] // 2 > 0
         assert first == again
         assert both["elements"] == pytest.approx(2 * first["elements"], rel=1e-2)
+
+
+def norm_after_one_that_is_no_number(stage: str) -> tuple[float, float, float]:
+    """Scale gradients by NaN, drop them, and take the next ones; return three norms."""
+    engine = build(stage)
+    full = Access(engine)
+
+    def norm(number: int) -> float:
+        engine.backward(engine.model.loss(tokens(number, rows(engine))))
+        return engine.grad_norm().item()
+
+    expected = norm(1)
+    engine.bindings[0].optimizer.zero_grad()
+    norm(0)
+    full.set_gradient("norm.weight", torch.full_like(full.gradient("norm.weight"), float("nan")))
+    bad = engine.clip_grad_norm(0.5).item()
+    engine.bindings[0].optimizer.zero_grad()
+    return expected, bad, norm(1)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_norm_that_is_no_number_leaves_nothing_behind(ranks, stage):
+    for expected, bad, after in ranks(2).run(norm_after_one_that_is_no_number, stage):
+        assert bad != bad
+        assert after == expected
