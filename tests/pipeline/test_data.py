@@ -37,12 +37,8 @@ class Seeing(LitGPT):
     def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
         self.seen.append(tuple(batch.flatten().tolist()))
         loss = self.model.loss(batch)
-        self.log("train_loss", loss, on_step=True, on_epoch=True, sync_dist=True)
+        self.log("train_loss", loss, on_step=True, on_epoch=True)  # each rank weights it by rows for itself
         return loss
-
-    def predict_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
-        logits: torch.Tensor = self.model(batch)
-        return logits.argmax(-1)
 
 
 def random_data(fit: Fit, folder: Path, workers: int) -> Any:
