@@ -44,8 +44,8 @@ from lit_zero.pipeline.splitting import Finished, Split
 class Work(Protocol):
     """What a micro-batch is to the user's code, and what gradients are to the engine."""
 
-    def forward(self, stage: int, micro_batch: int) -> Any:
-        """Run the user's step on a micro-batch; return what it has returned."""
+    def forward(self, number: int, micro_batch: int) -> Any:
+        """Run the user's step on a micro-batch, as stage ``number``; return what it has returned."""
 
     def loss(self, micro_batch: int, result: Any) -> torch.Tensor | None:
         """Return what the backward of a micro-batch starts from; ``None`` for nothing."""

@@ -14,6 +14,7 @@ from lit_zero.pipeline.plan import SplitPlan, plan_split
 from lit_zero.pipeline.policy import Pipeline
 from lit_zero.pipeline.recording import record
 from lit_zero.pipeline.schedules import build
+from lit_zero.strategy.measured import keep_apart
 from lit_zero.strategy.one_piece import OnePiece
 from lit_zero.strategy.sample import sample_step
 
@@ -34,6 +35,7 @@ class Dividing(OnePiece):
     _plan: SplitPlan | None
     _placement: tuple[int, ...]  # the position in the pipeline of every stage
     _written: set[str]  # buffers that steps write to
+    _looking: bool  # at what the step does, on rank 0 alone
 
     @property
     def _module(self) -> Any:
@@ -44,10 +46,16 @@ class Dividing(OnePiece):
     def _divide(self, trainer: Any, boundaries: Any) -> None:
         """Record the user's step on rank 0, and choose the boundaries unless they are given."""
         world, policy, module = World(), self.policy, self._module
-        call = sample_step(trainer, lambda batch: cut(batch, policy).parts[0])
+        sampled = sample_step(trainer, lambda batch: cut(batch, policy).parts[0])
         found: Any = None
         failed: Exception | None = None
+
+        def call() -> Any:
+            keep_apart(module)  # undone with all else that the dry run does
+            return sampled()
+
         if world.rank == 0:
+            self._looking = True
             try:
                 recording = record(module, call, policy.blocks, self._strategy.root_device)
                 boundaries = policy.boundaries if boundaries is None else boundaries
@@ -59,6 +67,8 @@ class Dividing(OnePiece):
             except Exception as error:  # the user's code: the others must not wait for what does not come
                 failed = error
                 found = LitZeroError(f"{type(module).__name__} failed on rank 0 in the dry run of its step: {error!r}")
+            finally:
+                self._looking = False
         found = world.broadcast_object(found)
         if failed is not None:
             raise failed

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -70,12 +71,8 @@ class Metrics:
 
     def take(self, metric: Metric) -> None:
         """Give ``metric`` the states that it has on the rank of the last stage."""
-        name = next((name for name, each in self._all.items() if each is metric), type(metric).__name__)
         if self.in_step:
-            raise UnsupportedError(
-                f"The metric {name!r} exchanges its states in the step (compute(), or dist_sync_on_step=True). In a "
-                "pipeline a step runs on one rank at a time. Call compute() at the end of the epoch."
-            )
+            raise _refusal(next((name for name, each in self._all.items() if each is metric), type(metric).__name__))
         states = self._share(to_device(metric.metric_state, torch.device("cpu")) if self._last else None)
         if not self._last:
             _set(metric, to_device(states, metric.device))
@@ -85,6 +82,26 @@ class Metrics:
         for metric in self._all.values():
             if any(metric._persistent.values()):
                 self.take(metric)
+
+
+def keep_apart(module: nn.Module) -> None:
+    """Let the metrics of a module refuse to exchange their states with other ranks, for good."""
+    for name, metric in module.named_modules():
+        if isinstance(metric, Metric):
+            metric.distributed_available_fn = partial(_refuse, name, metric)
+
+
+def _refuse(name: str, metric: Metric) -> bool:
+    if metric._to_sync:
+        raise _refusal(name)
+    return True
+
+
+def _refusal(name: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"The metric {name!r} exchanges its states in the step (compute(), or dist_sync_on_step=True). In a pipeline a "
+        "step runs on one rank at a time. Call compute() at the end of the epoch."
+    )
 
 
 class _Taken:

@@ -78,6 +78,7 @@ class Stages(Dividing):
         self._metrics: Metrics | None = None
         self._orders: dict[tuple[bool, int], Any] = {}
         self._written: set[str] = set()  # buffers that steps write to
+        self._looking = False
         self._trained = False  # the module was divided by what its training step does
         self._kept = False  # gradients were dropped that Lightning has yet to clear
         self._some = False  # training_step has returned a loss since gradients were cleared
@@ -85,7 +86,7 @@ class Stages(Dividing):
     @property
     def in_step(self) -> bool:  # type: ignore[override]
         """Whether the user's step is running on micro-batches, on this rank alone."""
-        return self._metrics is not None and self._metrics.in_step
+        return self._looking or (self._metrics is not None and self._metrics.in_step)
 
     @property
     def sent_bytes(self) -> int:  # type: ignore[override]

@@ -68,13 +68,13 @@ class Work:
                 if numpy:
                     numpy.random.set_state(before[1])
 
-    def forward(self, stage: int, micro_batch: int) -> Any:
-        """Run the user's step on a micro-batch."""
+    def forward(self, number: int, micro_batch: int) -> Any:
+        """Run the user's step on a micro-batch, as stage ``number``."""
         self._engine.begin_forward(share_buffers=False)
         seed_everything(seed_of(self._seed, micro_batch))
         module: Any = self._module
         part = self._micro.parts[micro_batch]
-        if stage == self._last:
+        if number == self._last:
             module.log = self._logged.keep
             return self._step(part)
         module.log = self._logged.ignore

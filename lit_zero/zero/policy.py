@@ -67,10 +67,11 @@ class Zero:
             forward to step.
         slots: sharded parameters only: number of buffers that gathered units take turns in. Default 2: the unit at work
             and the one fetched ahead. 1 takes least memory and fetches nothing ahead. Memory: ``slots`` times the
-            largest unit.
+            largest unit. In a pipeline, by default every unit of a rank's stages has a slot of its own, and is gathered
+            once a step; with a number, once for each micro-batch and pass.
         accumulate: with ``accumulate_grad_batches > 1``: ``hold`` full gradients and reduce once per step (least
             traffic), or ``reduce`` every micro-batch into the shard (least memory). Default: the stage's own, see
-            ``Row``.
+            ``Row``. In a pipeline, whose micro-batches count too, ``hold``: the full gradients of a rank's stages.
         poison: sharded parameters only, for debugging: a released slot is filled with NaN, so that a parameter read
             while it is not there shows at once.
 

@@ -234,6 +234,22 @@ def test_units_are_gathered_once_a_step_unless_slots_are_few(ranks: Any, tmp_pat
         equal(each, alone)
 
 
+def reductions(trainer: pl.Trainer) -> int:
+    return trainer.strategy.engine.exchange.counters.reductions
+
+
+def test_gradients_are_reduced_once_a_step_unless_asked(ranks: Any, tmp_path: Path) -> None:
+    """The last batch has 2 rows in each pipeline, and so 2 micro-batches."""
+    fit = replace(piped("stage2", 4), before=count, look=reductions, epochs=1)
+    often = replace(fit, zero={**fit.zero, "zero": Zero("stage2", accumulate="reduce")})  # type: ignore[dict-item]
+    alone = train(Fit(arguments={"layers": 4}, epochs=1), tmp_path / "alone")
+    found = ranks(4).run(train_all, [fit, often], tmp_path, timeout=120)
+    for held, reduced in found:
+        assert reduced.notes == 2 * held.notes > 0
+    for each in found[0]:
+        equal(each, alone)
+
+
 # ---- several runs
 
 

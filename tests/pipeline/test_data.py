@@ -28,21 +28,17 @@ class Rolled(Dataset[Any]):
 
 
 class Seeing(LitGPT):
-    """Notes what it is given, and where it ends."""
+    """Notes what it is given."""
 
     def __init__(self) -> None:
         super().__init__(layers=4)
-        self.seen: list[int] = []
+        self.seen: list[tuple[int, ...]] = []
 
     def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
-        self.seen.append(int((batch * torch.arange(batch.numel()).view(batch.shape)).sum()))
+        self.seen.append(tuple(batch.flatten().tolist()))
         loss = self.model.loss(batch)
-        self.log("train_loss", loss, on_step=True, on_epoch=True, sync_dist=True)
+        self.log("train_loss", loss, on_step=True, on_epoch=True)  # each rank weights it by rows for itself
         return loss
-
-    def predict_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
-        logits: torch.Tensor = self.model(batch)
-        return logits.argmax(-1)
 
 
 def random_data(fit: Fit, folder: Path, workers: int) -> Any:
@@ -65,7 +61,7 @@ def test_ranks_never_train_on_different_batches(ranks: Any, tmp_path: Path, work
     one, other = ranks(2).run(random_data, fit, tmp_path, workers)
     assert len(one[0]) == 2 * 3 * 4 and len(set(one[0])) == len(one[0])
     assert one[0] == other[0]
-    assert one[1] == other[1] and set(one[1]) == {"train_loss", "train_loss_step", "train_loss_epoch"}
+    assert one[1] == other[1] and {"train_loss", "train_loss_step", "train_loss_epoch"} <= set(one[1])
 
 
 # ---- structure

@@ -329,6 +329,8 @@ class Wrong(LitGPT):
         logits = self.model(batch[0])
         if self.what == "twice":
             logits = logits + self.model(batch[0])
+        if self.what == "error":
+            raise KeyError("user")
         if self.what == "gather":
             self.all_gather(logits)
         if self.what == "reduce":
@@ -367,7 +369,8 @@ REFUSED = {
     "on step": "dist_sync_on_step=True.*at the end of the epoch",
     "positional": "got further arguments by position; name them",
     "state_dict": "would see the parameters of one stage of the pipeline only.*full_state_dict",
-    "unknown": "no parameter 'model.heat.weight'. Did you mean 'model.head.weight'",
+    "unknown": "no parameter 'model.heat.weight'. Did you mean.*model.blocks.0.up.weight.*model.blocks.3.up.weight",
+    "error": "KeyError: 'user'",
     "kept": "optimizer_zero_grad has left the gradients.*accumulate_grad_batches",
 }
 
