@@ -40,6 +40,7 @@ from lit_zero.strategy.precision import agreeing_scaler, lowered_dtype
 from lit_zero.strategy.processes import choose_launcher
 from lit_zero.strategy.ranked import Ranked
 from lit_zero.strategy.refusals import refuse_tensors_without_memory
+from lit_zero.zero.access import Access
 from lit_zero.zero.binding import Binding
 from lit_zero.zero.engine import Engine
 from lit_zero.zero.norms import grad_norm, scale_to_norm
@@ -190,6 +191,7 @@ class FabricZeroStrategy(Ranked, fabric_strategies.ParallelStrategy):
         previous = Engine.of(module)
         if previous is not None:  # of another Fabric
             previous.detach()
+        self._managed.refuse_shared(module)
         refuse_max_norm(module, self.data_parallel_size)
         refuse_sparse_optimizers(optimizers)
         serve_the_cpu(module)
@@ -201,6 +203,7 @@ class FabricZeroStrategy(Ranked, fabric_strategies.ParallelStrategy):
             exchange=open_exchange(self.comm, self.root_device, lowering.reduce_dtype, self.timeout),
             device=self.root_device,
             lowering=lowering,
+            keep_gradients=True,  # the loop is the user's own: they stay until zero_grad, as in torch
         )
         refuse_tensors_without_memory(module)
         module.to(self.root_device)  # what the engine does not manage: metric states
@@ -225,12 +228,33 @@ class FabricZeroStrategy(Ranked, fabric_strategies.ParallelStrategy):
         if module is not None:
             taking_part = [self._managed.of(module).engine]
         else:
-            taking_part = [each.engine for each in self._managed] if len(self._managed) == 1 else []
+            alone = self._managed.alone
+            taking_part = [] if alone is None else [alone.engine]
         for engine in taking_part:
             engine.begin_backward(tensor)
         super().backward(tensor, module, *args, **kwargs)
         for engine in taking_part:
             engine.end_backward()
+
+    def optimizer_step(self, optimizer: Any, **kwargs: Any) -> Any:
+        """Step an optimizer; replicated parameters are complete afterwards: what the user's loop reads next (a moving
+        average, a penalty on weights) goes through no module.
+        """
+        output = super().optimizer_step(optimizer, **kwargs)
+        found = self._managed.find_optimizer(optimizer)
+        if found is not None:
+            found[0].engine.wait_for_parameters()
+        return output
+
+    def full(self, module: nn.Module) -> Access:
+        """Return what reads and writes whole parameters, gradients and optimizer states of a module by name, in every
+        stage. All ranks must use it together.
+        """
+        return Access(self._managed.of(module).engine)
+
+    def gradient_norm(self, module: nn.Module, norm_type: float = 2.0) -> torch.Tensor:
+        """Return the norm of a module's reduced gradients over all ranks. All ranks must call this."""
+        return self._managed.of(module).engine.grad_norm(norm_type)
 
     def clip_gradients_norm(
         self,

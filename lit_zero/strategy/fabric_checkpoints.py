@@ -7,6 +7,7 @@ and no optimizer. Without them (a Trainer's checkpoint) the weights go by the ke
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from lit_zero.comm.world import World
 from lit_zero.core.errors import CheckpointError, LitZeroError, UnsupportedError
 from lit_zero.strategy.checkpoints import Checkpoints
 from lit_zero.strategy.flavour import _apply_filter, _validate_keys_for_strict_loading
+from lit_zero.zero.calls import UNTRACED
 from lit_zero.zero.engine import Engine
 
 Filter = Mapping[str, Callable[[str, Any], bool]]
@@ -48,39 +50,66 @@ class ManagedModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the user's module."""
+        self._follow_groups()
         return self.module(*args, **kwargs)
+
+    @torch.compiler.disable(reason=UNTRACED)
+    def _follow_groups(self) -> None:
+        if torch.is_grad_enabled() and self.module.training:
+            self.engine.follow_groups()
 
 
 class Managed:
-    """The modules that Fabric has set up, in that order."""
+    """The modules that Fabric has set up, in that order, as long as the user holds them, a part of them or an
+    optimizer: these lead to the engine, and the engine to the door.
+    """
 
     def __init__(self) -> None:
-        self._modules: list[ManagedModule] = []
-
-    def __len__(self) -> int:
-        return len(self._modules)
+        self._doors: list[weakref.ref[ManagedModule]] = []
 
     def __iter__(self) -> Iterator[ManagedModule]:
-        return iter(self._modules)
+        return iter([door for held in self._doors if (door := held()) is not None])
 
     def add(self, module: nn.Module, engine: Engine, policy: Checkpoint) -> ManagedModule:
         """Take in a module, in the place of what was set up for it before."""
         checkpoints = Checkpoints(policy, module, _ADVICE)
         checkpoints.attach(engine)
-        self._modules = [each for each in self._modules if each.module is not module]
-        self._modules.append(ManagedModule(module, engine, checkpoints))
-        return self._modules[-1]
+        added = engine.door = ManagedModule(module, engine, checkpoints)
+        self._doors = [weakref.ref(each) for each in (*self, added) if each is added or each.module is not module]
+        return added
+
+    def refuse_shared(self, module: nn.Module) -> None:
+        """Raise if a module has a parameter of another one that was set up.
+
+        Raises:
+            UnsupportedError: naming it.
+        """
+        mine = {id(param) for param in module.parameters()}
+        for each in self:
+            for name, param in each.module.named_parameters():
+                if each.module is not module and id(param) in mine:
+                    raise UnsupportedError(
+                        f"Parameter {name!r} of {type(each.module).__name__}, which Fabric has set up, is in "
+                        f"{type(module).__name__} too. Set up one module that holds both."
+                    )
 
     def any(self) -> ManagedModule:
         """Return the first module."""
-        return self._modules[0]
+        return next(iter(self))
+
+    @property
+    def alone(self) -> ManagedModule | None:
+        """The only module that is trained, ``None`` if there are several: a frozen one takes part in no backward."""
+        every = list(self)
+        trained = [each for each in every if each.engine.bindings] or every
+        return trained[0] if len(trained) == 1 else None
 
     def find(self, module: Any) -> ManagedModule | None:
         """Return a module by itself, its door, or what Fabric made of it; ``None`` if it is not managed."""
         for wrapper in ("_forward_module", "_orig_mod"):  # Fabric's, and inside it torch.compile's
             if isinstance(module, nn.Module):
                 module = getattr(module, wrapper, module)
-        return next((each for each in self._modules if module is each or module is each.module), None)
+        return next((each for each in self if module is each or module is each.module), None)
 
     def of(self, module: Any) -> ManagedModule:
         """Return a module by itself, its door, or what Fabric made of it.
@@ -98,7 +127,7 @@ class Managed:
 
     def find_optimizer(self, optimizer: Any) -> tuple[ManagedModule, int] | None:
         """Return an optimizer's module and its number there, ``None`` if it is not managed."""
-        for each in self._modules:
+        for each in self:
             for number, binding in enumerate(each.engine.bindings):
                 if binding.optimizer is optimizer:
                     return each, number

@@ -25,11 +25,12 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lit_zero.comm.exchange import Exchange
+from lit_zero.core.errors import LitZeroError
 from lit_zero.core.holding import Holding
 from lit_zero.precision.policy import Lowering
 from lit_zero.zero.agreeing import Reach, SharedBuffers
 from lit_zero.zero.between import backward_is_running, when_over
-from lit_zero.zero.binding import Binding
+from lit_zero.zero.binding import Binding, refuse_whole_state
 from lit_zero.zero.build import build_lanes, empty, fill_lanes, group_names, number_groups
 from lit_zero.zero.calls import UNTRACED
 from lit_zero.zero.clipping import Clipping
@@ -73,6 +74,8 @@ class Engine(Clipping, Contents):
     Raises:
         UnsupportedError: if a parameter, module or optimizer cannot be managed; the message names it.
     """
+
+    door: Any = None  # what Fabric calls the model through: it lives as long as the engine does
 
     def __init__(
         self,
@@ -150,6 +153,7 @@ class Engine(Clipping, Contents):
         shaped = is_shaped(optimizer, self.row)
         binding = Binding(optimizer, names, number, self._trainable(), shaped, self.absent)
         self._handles.append(optimizer.register_step_post_hook(lambda *_: self._stepped(binding)))
+        self._handles.append(optimizer.register_load_state_dict_pre_hook(refuse_whole_state))
         return binding
 
     def follow_groups(self) -> None:
@@ -206,6 +210,17 @@ class Engine(Clipping, Contents):
             if isinstance(owner, cls):
                 return owner
         return None
+
+    def __deepcopy__(self, memo: Any) -> Engine:
+        """A copy would go through the original's hooks, or share its groups.
+
+        Raises:
+            LitZeroError: always.
+        """
+        raise LitZeroError(
+            f"{type(self.model).__name__} cannot be copied once it is sharded: a copy has no ranks of its own. Copy it "
+            "before setup, or build another one and load the whole weights (full_state_dict, get_module_state_dict)."
+        )
 
     def detach(self) -> None:
         """Give the module back: full parameters on every rank, no hooks. All ranks together."""
