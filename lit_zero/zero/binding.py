@@ -397,15 +397,3 @@ class Binding:
             )
         for mine, theirs in zip(self.optimizer.param_groups, groups, strict=True):
             mine.update({key: value for key, value in theirs.items() if key != "params"})
-
-
-def refuse_whole_state(optimizer: torch.optim.Optimizer, state: Any) -> None:
-    """Stand before ``optimizer.load_state_dict``.
-
-    Raises:
-        LitZeroError: always: the optimizer holds segments, and the state is that of parameters.
-    """
-    raise LitZeroError(
-        f"{type(optimizer).__name__}.load_state_dict would take the state of whole parameters for that of shards. "
-        "Load a checkpoint: trainer.fit(ckpt_path=...), or fabric.load(path, {'optimizer': optimizer})."
-    )

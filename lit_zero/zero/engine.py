@@ -30,13 +30,13 @@ from lit_zero.core.holding import Holding
 from lit_zero.precision.policy import Lowering
 from lit_zero.zero.agreeing import Reach, SharedBuffers
 from lit_zero.zero.between import backward_is_running, when_over
-from lit_zero.zero.binding import Binding, refuse_whole_state
+from lit_zero.zero.binding import Binding
 from lit_zero.zero.build import build_lanes, empty, fill_lanes, group_names, number_groups
 from lit_zero.zero.calls import UNTRACED
 from lit_zero.zero.clipping import Clipping
 from lit_zero.zero.contents import Contents
 from lit_zero.zero.gathering import Gatherer
-from lit_zero.zero.guarding import refuse_lost_changes
+from lit_zero.zero.guarding import refuse_lost_changes, refuse_whole_state
 from lit_zero.zero.hooks import Hooks
 from lit_zero.zero.lane import Lane, ParamInfo, storage_bytes
 from lit_zero.zero.policy import Placement, Zero

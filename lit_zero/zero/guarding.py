@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
+
+import torch
 
 from lit_zero.core.errors import LitZeroError
 from lit_zero.zero.lane import Lane
@@ -40,3 +43,15 @@ def refuse_lost_changes(lanes: Sequence[Lane], training: bool) -> None:
                     f"Parameter {thawed!r} was frozen at setup and requires a gradient now, too late for this step. "
                     "Set requires_grad before a training step begins: in a hook such as on_train_epoch_start."
                 )
+
+
+def refuse_whole_state(optimizer: torch.optim.Optimizer, state: Any) -> None:
+    """Stand before ``optimizer.load_state_dict``.
+
+    Raises:
+        LitZeroError: always: the optimizer holds segments, and the state is that of parameters.
+    """
+    raise LitZeroError(
+        f"{type(optimizer).__name__}.load_state_dict would take the state of whole parameters for that of shards. "
+        "Load a checkpoint: trainer.fit(ckpt_path=...), or fabric.load(path, {'optimizer': optimizer})."
+    )
