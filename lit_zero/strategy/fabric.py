@@ -49,6 +49,7 @@ from lit_zero.zero.policy import Placement, Zero
 _OF_A_TRAINER = {
     "evaluation": ("once", "Fabric's loops are the user's own"),
     "nonfinite_norm": ("error", "say fabric.clip_gradients(error_if_nonfinite=...)"),
+    "pipeline": ("none", "a loop of the user's own has no step that could run once for each micro-batch"),
     "start_method": ("popen", "start several processes by script, torchrun or a cluster"),
 }
 
