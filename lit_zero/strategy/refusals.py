@@ -164,3 +164,21 @@ def refuse_what_runs_once(module: Any) -> None:
             f"{name} overrides backward, which a pipeline does not call: every stage has a backward of its own. Remove "
             "it, or use pipeline=none."
         )
+
+
+def refuse_other_length(position: int, ends: bool) -> None:
+    """Say that this rank's data loader has another number of batches than that of the pipeline's first rank.
+
+    Args:
+        position: of this rank in the pipeline.
+        ends: the first rank's loader has ended.
+
+    Raises:
+        ConfigError: always.
+    """
+    first, here = ("no more batches", "more") if ends else ("more batches", "no more")
+    raise ConfigError(
+        f"The data loader of the pipeline's first rank has {first} after this step, but that of its rank {position} "
+        f"has {here}: the two would wait for each other for ever. All ranks of a pipeline run the first one's batches "
+        "and need as many of their own: give them the same data, with one length."
+    )

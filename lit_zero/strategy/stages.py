@@ -45,7 +45,7 @@ from lit_zero.strategy.dividing import Dividing
 from lit_zero.strategy.flavour import TrainerFn
 from lit_zero.strategy.logged import log_again, to_device
 from lit_zero.strategy.measured import Metrics
-from lit_zero.strategy.refusals import refuse_what_runs_once
+from lit_zero.strategy.refusals import refuse_other_length, refuse_what_runs_once
 from lit_zero.strategy.work import Work
 from lit_zero.zero.engine import Engine
 from lit_zero.zero.policy import Placement, Zero
@@ -198,7 +198,11 @@ class Stages(Dividing):
         alone = name == "forward"  # a call outside of a step: in one piece, and no random number is taken from the user
         if training:
             self._clear()
-        batch, seed = transport.share((args[0], 0 if alone else int(torch.randint(0, 1 << 62, ()))), 0)
+        seed = 0 if alone else int(torch.randint(0, 1 << 62, ()))
+        final = not alone and self._is_final(name)
+        batch, seed, ends = transport.share((args[0], seed, final), 0)
+        if ends != final:
+            refuse_other_length(transport.position, ends)
         if transport.position > 0 and not alone:
             batch = self._taken(batch)
         micro = MicroBatches([batch], [1]) if alone else self._micro_batches(batch)
@@ -223,6 +227,12 @@ class Stages(Dividing):
             self._some |= bool(self._engine.exchange.maximum(flag).item())
             result = torch.zeros(()) if result is None else result  # Lightning refuses None where there are ranks
         return to_device(result, strategy.root_device)
+
+    def _is_final(self, name: str) -> bool:
+        """Return whether this step's batch is the last that this rank reads in this epoch."""
+        trainer = self._module.trainer
+        loop = {"training_step": trainer.fit_loop.epoch_loop, "predict_step": trainer.predict_loop}.get(name)
+        return bool((loop or trainer._evaluation_loop).batch_progress.is_last_batch)
 
     def _taken(self, batch: Any) -> Any:
         """Take over the batch of the first rank: what is logged is weighted by its rows."""

@@ -10,10 +10,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from lightning.pytorch.utilities import CombinedLoader
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from lit_zero import Zero
+from lit_zero.core.errors import ConfigError
 from tests.pipeline.test_training import SCHEDULES, equal, piped
+from tests.pool import RankFailure
 from tests.strategy.harness import VOCAB, Fit, LitGPT, distance, loaders, make_trainer, outcome, train, train_all
 
 
@@ -162,3 +165,73 @@ def test_pipelines_with_different_numbers_of_rows(ranks: Any, tmp_path: Path) ->
         assert each == pytest.approx(alone, rel=1e-5)
     for each in ranks(4).run(uneven, fit, tmp_path):
         assert each == pytest.approx(alone, rel=1e-5)
+
+
+class Ending(IterableDataset[Any]):
+    """As many rows as the rank wants."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Any:
+        yield from torch.randint(0, VOCAB, (self.rows, 9), generator=torch.Generator().manual_seed(2))
+
+
+def of_several_lengths(fit: Fit, folder: Path, what: str, rows: list[int], streamed: bool) -> None:
+    trainer = make_trainer(fit, folder, use_distributed_sampler=False)
+    dataset = Ending(rows[dist.get_rank()])
+    data = DataLoader(dataset if streamed else list(dataset), 4)
+    torch.manual_seed(0)
+    getattr(trainer, what)(Seeing() if what == "fit" else Whole(layers=4), data)
+
+
+class Whole(LitGPT):
+    def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+        self.evaluate("val", batch)
+
+    def predict_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        return self.model(batch)
+
+
+@pytest.mark.parametrize(
+    ("what", "rows", "streamed"),
+    [("fit", [8, 16], False), ("fit", [16, 8], True), ("validate", [8, 16], True), ("predict", [16, 8], False)],
+)
+def test_loaders_of_several_lengths(ranks: Any, tmp_path: Path, what: str, rows: list[int], streamed: bool) -> None:
+    """They would make the ranks wait for each other for ever."""
+    with pytest.raises(RankFailure) as failure:
+        ranks(2).run(of_several_lengths, piped(), tmp_path, what, rows, streamed, timeout=30)
+    assert failure.value.rank == 1 and isinstance(failure.value.exception, ConfigError)
+    words = ("no more batches", "has more") if rows[0] < rows[1] else ("has more batches", "no more:")
+    assert all(each in str(failure.value.exception) for each in words)
+
+
+def combined(fit: Fit, folder: Path) -> Any:
+    """Train on two loaders at once, validate on two in turn."""
+    torch.manual_seed(0)
+    trainer = make_trainer(fit, folder)
+    module = Two(layers=4)
+    first, second = (loaders(fit)[0] for _ in range(2))
+    trainer.fit(
+        module, CombinedLoader({"a": first, "b": second}, "max_size_cycle"), [loaders(fit)[1] for _ in range(2)]
+    )
+    return outcome(trainer, fit, folder)
+
+
+class Two(LitGPT):
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
+        loss = self.model.loss(torch.cat([batch["a"][0], batch["b"][0].flip(1)]))
+        self.log("train_loss", loss, on_step=True, on_epoch=True, sync_dist=True)
+        return loss
+
+    def validation_step(self, batch: list[torch.Tensor], batch_idx: int, dataloader_idx: int) -> None:
+        self.evaluate("val", batch[0])
+
+
+def test_several_loaders(ranks: Any, tmp_path: Path) -> None:
+    alone = combined(Fit(), tmp_path / "alone")
+    assert any("dataloader_idx_1" in name for name in alone.rows[-1])
+    mine = ranks(2).run(combined, piped("stage3"), tmp_path / "piped")[0]
+    assert distance(mine.weights, alone.weights) < 1e-6
+    for name in alone.rows[-1]:
+        assert mine.column(name) == pytest.approx(alone.column(name), rel=1e-5), name

@@ -150,6 +150,12 @@ class OwnBackward(LitGPT):
         loss.backward()
 
 
+class Synchronised(LitGPT):
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.normalised = nn.SyncBatchNorm(3)
+
+
 class Words:
     """A batch of a class of its own."""
 
@@ -221,6 +227,11 @@ AT_FIRST_USE: list[tuple[Fit, str, str]] = [
         piped(module=OwnBackward),
         "UnsupportedError",
         "OwnBackward overrides backward, which a pipeline does not call: every stage has a backward of its own. ",
+    ),
+    (
+        piped(module=Synchronised),
+        "UnsupportedError",
+        "Synchronised normalises over the batches of all ranks (sync_batchnorm=True or nn.SyncBatchNorm), but ",
     ),
     (piped(module=OwnBatch), "ConfigError", f"A batch of class Words cannot be cut into micro-batches. {ADVICE}"),
     (
