@@ -27,6 +27,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
 from lit_zero.core.errors import LitZeroError
 
 _HEADER_BYTES = 1 << 13  # a random state fits
@@ -86,12 +88,19 @@ class Transport:
         self._leaving: queue.SimpleQueue[_Flying | Future[None] | None] | None = None
         self._coming: dict[Hashable, Future[Message]] = {}
         self._sources: dict[int, _Source] = {}
+        self._shared = 0  # values that were shared so far
 
-    def send(self, message: Message, to: int) -> None:
-        """Start to send a message to the rank at position ``to``; its tensors must not be written to any more."""
+    def send(self, message: Message, to: int, counted: bool = True) -> None:
+        """Start to send a message to the rank at position ``to``; its tensors must not be written to any more.
+
+        Args:
+            message: what is sent.
+            to: position of the receiver.
+            counted: among the bytes that were sent.
+        """
         tensors = [tensor.detach().contiguous() for tensor in message.tensors]
         described = [
-            (tuple(tensor.shape), tensor.dtype, like.requires_grad)
+            (tuple(tensor.shape), tensor.dtype, like.requires_grad, tensor.device.type == "cpu")
             for tensor, like in zip(tensors, message.tensors, strict=True)
         ]
         content = torch.frombuffer(bytearray(pickle.dumps((message.key, described, message.note))), dtype=torch.uint8)
@@ -101,9 +110,12 @@ class Transport:
         header[8 : 8 + first] = content[:first]
         rest = content[first:]
         works = [dist.isend(part, group=self._headers, group_dst=to) for part in (header, rest) if part.numel()]
-        group = self._groups[to < self.position]
-        works += [dist.isend(tensor, group=group, group_dst=to) for tensor in tensors if tensor.numel()]
-        self.sent_bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        by_device = self._groups[to < self.position]
+        for tensor in tensors:
+            group = self._headers if tensor.device.type == "cpu" else by_device
+            works += [dist.isend(tensor, group=group, group_dst=to)] if tensor.numel() else []
+        if counted:
+            self.sent_bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         if self._leaving is None:
             self._leaving = queue.SimpleQueue()
             threading.Thread(target=_see_off, args=(self._leaving,), name="lit_zero-pipeline-sent", daemon=True).start()
@@ -143,14 +155,31 @@ class Transport:
             gone.result()
 
     def share(self, value: Any, source: int) -> Any:
-        """Return the ``value`` (any picklable object) of the rank at position ``source`` on every rank of the
-        pipeline.
+        """Return the ``value`` of the rank at position ``source`` on every rank of the pipeline.
+
+        Args:
+            value: anything that can be pickled; tensors in tuples, lists and dictionaries travel as they are.
+            source: whose it is.
         """
         if self.size == 1:
             return value
-        box = [value]
-        dist.broadcast_object_list(box, group=self._headers, group_src=source)
-        return box[0]
+        self._shared += 1
+        key = ("shared", self._shared)
+        if self.position != source:
+            self.post(key, source)
+            message = self.wait(key)
+            leaves, spec, places = message.note
+            for place, tensor in zip(places, message.tensors, strict=True):
+                leaves[place] = tensor
+            return tree_unflatten(leaves, spec)
+        leaves, spec = tree_flatten(value)
+        places = [number for number, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+        tensors = [leaves[place].detach().clone() for place in places]  # the user's code may write to its own
+        rest = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        for position in range(self.size):
+            if position != source:
+                self.send(Message(key, tensors, (rest, spec, places)), position, counted=False)
+        return value
 
     def gather(self, value: Any) -> list[Any]:
         """Return the ``value`` (any picklable object) of every rank of the pipeline, by position."""
@@ -211,10 +240,10 @@ class _Source:
             content = torch.cat([content, rest])
         key, described, note = pickle.loads(content.numpy().tobytes())
         tensors = []
-        for shape, dtype, requires_grad in described:
-            tensor = torch.empty(shape, dtype=dtype, device=self.device)
+        for shape, dtype, requires_grad, on_cpu in described:
+            tensor = torch.empty(shape, dtype=dtype, device="cpu" if on_cpu else self.device)
             if tensor.numel():
-                self._arrive(tensor, self.tensors)
+                self._arrive(tensor, self.headers if on_cpu else self.tensors)
             tensors.append(tensor.requires_grad_(requires_grad))
         return Message(key, tensors, note)
 
