@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lit_zero.core.errors import LitZeroError
@@ -158,7 +157,7 @@ class Transport:
         """Return the ``value`` of the rank at position ``source`` on every rank of the pipeline.
 
         Args:
-            value: anything that can be pickled; tensors in tuples, lists and dictionaries travel as they are.
+            value: anything that can be pickled; plain tensors in tuples, lists and dictionaries are not.
             source: whose it is.
         """
         if self.size == 1:
@@ -173,9 +172,9 @@ class Transport:
                 leaves[place] = tensor
             return tree_unflatten(leaves, spec)
         leaves, spec = tree_flatten(value)
-        places = [number for number, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+        places = [number for number, leaf in enumerate(leaves) if _is_plain(leaf)]
         tensors = [leaves[place].detach().clone() for place in places]  # the user's code may write to its own
-        rest = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        rest = [None if number in places else leaf for number, leaf in enumerate(leaves)]
         for position in range(self.size):
             if position != source:
                 self.send(Message(key, tensors, (rest, spec, places)), position, counted=False)
@@ -188,6 +187,11 @@ class Transport:
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, value, group=self._headers)
         return found
+
+
+def _is_plain(value: Any) -> bool:
+    """Return whether ``value`` is a tensor that is nothing but its elements in memory."""
+    return type(value) is torch.Tensor and value.layout is torch.strided and not value.is_quantized
 
 
 def _see_off(leaving: queue.SimpleQueue[_Flying | Future[None] | None]) -> None:

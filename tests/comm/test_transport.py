@@ -1,0 +1,156 @@
+"""Messages between the ranks of a pipeline arrive as they were sent, whatever their shape, order and size."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from lit_zero.comm.transport import Message, Transport
+from lit_zero.core.errors import LitZeroError
+from tests.pool import RankFailure
+
+CPU = torch.device("cpu")
+SOON = timedelta(seconds=30)
+
+
+def tensors() -> list[torch.Tensor]:
+    """One of each kind that is easily lost."""
+    return [
+        torch.arange(12.0).reshape(3, 4).t(),  # not contiguous
+        torch.tensor(7, dtype=torch.int64),
+        torch.zeros(0, 5),
+        torch.tensor([True, False]),
+        torch.randn(300, 70, dtype=torch.float64, generator=torch.Generator().manual_seed(0)),
+        torch.tensor([1.5, float("nan"), float("inf")], dtype=torch.bfloat16),
+        torch.tensor([1 + 2j]),
+    ]
+
+
+def same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.dtype == other.dtype and one.shape == other.shape and repr(one) == repr(other)
+
+
+def exchange() -> None:
+    """Everyone sends to everyone, by turns more and less, with notes longer than a header."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    transport = Transport([range(size)], CPU, SOON)
+    others = [other for other in range(size) if other != rank]
+    for turn in range(3):
+        for other in others:
+            for number in range(4):
+                transport.post((turn, number, other), other)
+        for number in range(4):
+            for other in others:
+                note = "x" * (20_000 * number), other
+                sent = [t.requires_grad_(t.is_floating_point()) for t in tensors()][number:]
+                transport.send(Message((turn, number, rank), sent, note), other)
+        for number in reversed(range(4)):
+            for other in others:
+                found = transport.wait((turn, number, other))
+                assert found.note == ("x" * (20_000 * number), rank)
+                for mine, theirs in zip(found.tensors, tensors()[number:], strict=True):
+                    assert same(mine.detach(), theirs)
+                    assert mine.requires_grad == theirs.is_floating_point() and mine.is_leaf
+        transport.flush()
+    each = [sum(t.numel() * t.element_size() for t in tensors()[number:]) for number in range(4)]
+    assert transport.sent_bytes == 3 * len(others) * sum(each)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_messages_arrive_as_they_were_sent(ranks: Any, size: int) -> None:
+    ranks(size).run(exchange)
+
+
+class Pair(NamedTuple):
+    first: Any
+    second: Any
+
+
+class Own(torch.Tensor):
+    """A class of its own must not be lost."""
+
+
+def value() -> Any:
+    return {
+        "nested": [tensors(), (Pair(torch.ones(2), "word"), None), OrderedDict(b=1, a={2, 3})],
+        "own": torch.ones(2).as_subclass(Own),
+        "sparse": torch.eye(3).to_sparse(),
+        "parameter": torch.nn.Parameter(torch.ones(2)),
+        "large": torch.arange(1 << 20),
+    }
+
+
+def share_all() -> None:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    transport = Transport([range(size)], CPU, SOON)
+    for source in [0, size - 1, 0, 0, 1]:
+        here = value() if rank == source else None
+        found = transport.share(here, source)
+        if rank == source:
+            assert found is here
+            found["large"].zero_()  # its own from now on
+            continue
+        expected = value()
+        pairs = zip(found["nested"][0], expected["nested"][0], strict=True)
+        assert all(same(mine, theirs) for mine, theirs in pairs)
+        pair, none = found["nested"][1]
+        assert type(pair) is Pair and torch.equal(pair.first, torch.ones(2)) and pair.second == "word" and none is None
+        assert list(found["nested"][2].items()) == [("b", 1), ("a", {2, 3})]
+        assert type(found["own"]) is Own and type(found["parameter"]) is torch.nn.Parameter
+        assert torch.equal(found["sparse"].to_dense(), torch.eye(3))
+        assert torch.equal(found["large"], torch.arange(1 << 20))
+    transport.flush()
+    assert transport.sent_bytes == 0, "what is shared is not counted as activations"
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_what_is_shared_is_the_same_everywhere(ranks: Any, size: int) -> None:
+    ranks(size).run(share_alone if size == 1 else share_all)
+
+
+def share_alone() -> None:
+    here = value()
+    assert Transport([[0]], CPU, SOON).share(here, 0) is here
+
+
+def two_pipelines() -> Any:
+    transport = Transport([[0, 2], [1, 3]], CPU, SOON)
+    return transport.position, transport.share(dist.get_rank(), 1)
+
+
+def test_pipelines_do_not_hear_each_other(ranks: Any) -> None:
+    assert ranks(4).run(two_pipelines) == [(0, 2), (0, 3), (1, 2), (1, 3)]
+
+
+def another_order() -> None:
+    transport = Transport([[0, 1]], CPU, SOON)
+    if dist.get_rank() == 0:
+        transport.send(Message("two", []), 1)
+        transport.flush()
+        return
+    transport.post("one", 0)
+    with pytest.raises(LitZeroError, match="Position 1 of the pipeline waited for one and got two: the ranks do not"):
+        transport.wait("one")
+
+
+def test_another_order_is_an_error(ranks: Any) -> None:
+    ranks(2).run(another_order)
+
+
+def nobody_sends() -> None:
+    transport = Transport([[0, 1]], CPU, timedelta(seconds=1))
+    if dist.get_rank() == 1:
+        transport.post("one", 0)
+        transport.wait("one")
+    dist.barrier()
+
+
+def test_a_message_that_does_not_come_is_an_error(ranks: Any) -> None:
+    with pytest.raises(RankFailure) as failure:
+        ranks(2).run(nobody_sends, timeout=30)
+    assert failure.value.rank == 1 and "imed out" in str(failure.value)
