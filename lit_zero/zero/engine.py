@@ -105,11 +105,11 @@ class Engine(Clipping):
         ]
         self.root = self.units[0]
         fill_lanes(model, self.lanes, exchange, self.device)
-        self.bindings = [self._bind(*each) for each in zip(optimizers, range(len(names)), names, strict=True)]
-        self._in_backward = False
+        shaped = [is_shaped(optimizer, self.row) for optimizer in optimizers]
+        self.bindings = [self._bind(*each) for each in zip(optimizers, range(len(names)), names, shaped, strict=True)]
+        self._in_backward, self._gradient_bytes = False, 0
         self._keep, self._training = keep_gradients, training
         self.buffers = SharedBuffers(model, exchange, self.device)
-        self._gradient_bytes = 0
         self._assemble()
         self._handles.append(model.register_forward_pre_hook(self._before_model, prepend=True))
         for lane in self.lanes:
@@ -127,8 +127,7 @@ class Engine(Clipping):
     def _trainable(self) -> list[Lane]:
         return [lane for lane in self.lanes if lane.trainable]
 
-    def _bind(self, optimizer: torch.optim.Optimizer, number: int, names: list[list[str]]) -> Binding:
-        shaped = is_shaped(optimizer, self.row)
+    def _bind(self, optimizer: torch.optim.Optimizer, number: int, names: list[list[str]], shaped: bool) -> Binding:
         binding = Binding(optimizer, names, number, self._trainable(), shaped)
         self._handles.append(optimizer.register_step_post_hook(lambda *_: self._stepped(binding)))
         self._handles.append(optimizer.register_load_state_dict_pre_hook(refuse_whole_state))
@@ -163,9 +162,10 @@ class Engine(Clipping):
             UnsupportedError: for a parameter that has an optimizer already, or an optimizer that cannot be sharded.
         """
         [groups] = group_names(self.model, [optimizer])
+        shaped = is_shaped(optimizer, self.row)  # which may refuse it: nothing has moved yet
         infos = [info for lane in self.lanes for info in lane.infos]
         self._move(number_groups(infos, [*(binding.group_names for binding in self.bindings), groups]))
-        self.bindings.append(self._bind(optimizer, len(self.bindings), groups))
+        self.bindings.append(self._bind(optimizer, len(self.bindings), groups, shaped))
         self._assemble()
 
     def _move(self, changed: Sequence[ParamInfo]) -> None:
@@ -173,8 +173,9 @@ class Engine(Clipping):
         self._gatherer.settle()
         self._reducer.give_back()
         self._hooks.remove()
+        moving = {id(info) for info in changed}
         for unit in self.units:
-            move(unit, {id(info) for info in changed}, self._build_lanes, self.exchange)
+            move(unit, moving, self._build_lanes, self.exchange)
 
     @torch.compiler.disable(reason=UNTRACED)
     def _before_model(self, *_: Any) -> None:
