@@ -93,7 +93,7 @@ class Engine(Clipping, Contents):
         ties: Mapping[tuple[int, ...], Exchange] | None = None,
     ) -> None:
         self.model, self.zero, self.exchange, self.device = model, zero, exchange, torch.device(device)
-        self.everyone, self._ties, holding = everyone or exchange, ties or {}, holding or Holding()
+        self.everyone, self.ties, holding = everyone or exchange, ties or {}, holding or Holding()
         self.row = zero.row.over(exchange.size)
         lowering = lowering or Lowering()
         self._handles: list[RemovableHandle] = []
@@ -125,7 +125,7 @@ class Engine(Clipping, Contents):
         ]
         self.root = self.units[0]
         self._position = {name: number for number, name in enumerate(infos)}
-        fill_lanes(model, self.lanes, self.absent, exchange, self._ties, self.device)
+        fill_lanes(model, self.lanes, self.absent, exchange, self.ties, self.device)
         shaped = [is_shaped(optimizer, self.row) for optimizer in optimizers]
         self.bindings = [self._bind(*each) for each in zip(optimizers, range(len(names)), names, shaped, strict=True)]
         self._in_backward, self._gradient_bytes = False, 0
@@ -232,7 +232,7 @@ class Engine(Clipping, Contents):
             handle.remove()
         self._handles.clear()
         self._hooks.remove()
-        for exchange in {id(each): each for each in (self.exchange, self.everyone, *self._ties.values())}.values():
+        for exchange in {id(each): each for each in (self.exchange, self.everyone, *self.ties.values())}.values():
             exchange.close()
 
     # ---- forward
@@ -286,8 +286,8 @@ class Engine(Clipping, Contents):
         self._in_backward = False
         if not self._reducer.deferred:
             for lane in self._reducer.lanes:
-                if lane.holders in self._ties:
-                    lane.sum_over_holders(self._ties[lane.holders])
+                if lane.holders in self.ties:
+                    lane.sum_over_holders(self.ties[lane.holders])
         for unit in self.units:
             self._gatherer.backward_ends(unit)
             unit.calls = 0
