@@ -91,8 +91,9 @@ class Answers:
             torch.set_grad_enabled(gradients),
             isolated(module, dry.replace, lambda buffer: _real_copy(buffer, self.device)),
             torch.compiler.set_stance("force_eager"),
-            # A checkpoint around the call must not count what is saved here.
-            torch.autograd.graph.saved_tensors_hooks(_same, _same),
+            # A checkpoint around the call must not count what is saved here. Detached: a graph that kept its own output
+            # through a hook would never go.
+            torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, torch.Tensor.detach),
             dry,
         ):
             output = real(*args, **kwargs)
@@ -103,10 +104,6 @@ class Answers:
             return _Echo(given[id(leaf)]) if id(leaf) in given else _Like(leaf)
 
         return map_leaves(output, remember)
-
-
-def _same(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
 
 
 def _kind(leaf: Any) -> Any:

@@ -9,6 +9,7 @@ because there they could be received.
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from types import FrameType
@@ -105,13 +106,21 @@ class Recorder(Dry):
             torch.nn.modules.module.register_module_forward_pre_hook(self._enter),
             torch.nn.modules.module.register_module_forward_hook(self._leave, always_call=True),
         ]
+        save = weakref.WeakMethod(self._save)  # the graph keeps its hooks, out of the garbage collector's sight
+
+        def saved(tensor: torch.Tensor) -> torch.Tensor:
+            note = save()
+            if note is not None:
+                note(tensor)
+            return tensor.detach()  # a graph that kept its own output through a hook would never go
+
         try:
             with (
                 torch.inference_mode(False),
                 torch.set_grad_enabled(gradients),
                 isolated(self.root, self._other_parameter, self._other_buffer),
                 torch.compiler.set_stance("force_eager"),
-                torch.autograd.graph.saved_tensors_hooks(self._save, lambda tensor: tensor),
+                torch.autograd.graph.saved_tensors_hooks(saved, torch.Tensor.detach),
             ):
                 for name in self.names:
                     block = self.root.get_submodule(name)
@@ -335,12 +344,11 @@ class Recorder(Dry):
         operator = str(func.overloadpacket).removeprefix("aten.")
         return f"{operator!r} in {inside or type(self.root).__name__}"
 
-    def _save(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _save(self, tensor: torch.Tensor) -> None:
         key = storage_key(tensor)
         if key in self._made and not self._name_of(tensor) and key not in self._saved_keys:
             self._saved_keys.add(key)
             self.saved[self.region] += tensor.untyped_storage().nbytes()
-        return tensor
 
 
 def _tensors(output: Any) -> list[torch.Tensor]:

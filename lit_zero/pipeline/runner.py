@@ -125,7 +125,9 @@ class Runner:
                 self.timeline.append((step, start, time.perf_counter()))
         self._transport.flush()
         work.finish()
-        return self._results
+        results = self._results
+        del self._work, self._visits, self._here, self._results  # graphs and the user's objects go with the step
+        return results
 
     def _parameters(self, stage: int) -> list[nn.Parameter]:
         """Return a stage's parameters that want a gradient now; they may thaw in the course of a run."""

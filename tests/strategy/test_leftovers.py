@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import time
@@ -9,16 +10,23 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from lit_zero import Pipeline
+from lit_zero.zero.engine import Engine
 from tests.strategy.harness import STAGES, Fit, train
 
 
 def fit_and_forget(folder: Path) -> None:
     for stage in STAGES:
         train(Fit({"zero": stage}, 2, epochs=1), folder / stage)
+    for schedule in ("1f1b", "zero_bubble"):
+        pipeline = Pipeline(schedule, stages=2, micro_batches=4)
+        train(Fit({"zero": "stage3", "pipeline": pipeline}, 2, epochs=1), folder / schedule)
 
 
-def left() -> tuple[list[str], int, int]:
-    """Return our threads, the operating system's threads with gloo's, and the mapped arenas of this process."""
+def left() -> tuple[list[str], int, int, int]:
+    """Return our threads, the operating system's threads with gloo's, the mapped arenas and the engines of this
+    process.
+    """
     dist.barrier()  # gloo starts the threads of this call's own group when it is used
     patience = time.monotonic() + 10.0
     while any(thread.name.startswith("lit_zero") for thread in threading.enumerate()) and time.monotonic() < patience:
@@ -26,7 +34,8 @@ def left() -> tuple[list[str], int, int]:
     ours = [thread.name for thread in threading.enumerate() if thread.name.startswith("lit_zero")]
     names = [Path(f"/proc/self/task/{task}/comm").read_text() for task in os.listdir("/proc/self/task")]
     arenas = sum("memfd:lit_zero" in line for line in Path("/proc/self/maps").read_text().splitlines())
-    return ours, sum("gloo" in name for name in names), arenas
+    engines = sum(isinstance(each, Engine) for each in gc.get_objects())
+    return ours, sum("gloo" in name for name in names), arenas, engines
 
 
 def test_threads_groups_and_memory_go_with_the_module(ranks, tmp_path):
