@@ -106,7 +106,7 @@ COMPLAINTS = {
         "gpt-neox#849 DS#3916 PL#18466",
         [
             "strategy/test_clusters.py::test_a_port_that_another_job_has",
-            "strategy/test_clusters.py::test_torchrun_inside_slurm",
+            "strategy/test_launch.py::test_torchrun_inside_slurm",
         ],
     ),
     "sweeps": (

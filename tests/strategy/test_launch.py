@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 import textwrap
@@ -18,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from tests.strategy.test_clusters import SLURM, environment, free_port
 
 SCRIPT = """
     import json
@@ -73,6 +74,8 @@ SCRIPT = """
         weights = trainer.strategy.lightning_module_state_dict()
         seen = {
             "pid": os.getpid(),
+            "place": [trainer.global_rank, trainer.local_rank, trainer.node_rank],
+            "environment": type(trainer.strategy.cluster_environment).__name__,
             "world": trainer.world_size,
             "steps": trainer.global_step,
             "weights": {name: value.tolist() for name, value in weights.items()},
@@ -92,12 +95,12 @@ SCRIPT = """
             Model.trouble = trouble
             train(strategy)
 """
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node=2")
 CASES = {
     "alone": ("", "lightning", "zero3,zero2", ""),
     "rank 0 raises": ("", "lightning", "zero3", "rank 0 raises"),
     "torchrun, rank 0 raises": ("torchrun", "lightning", "zero1", "rank 0 raises"),
-    "torchrun, rank 1 diverges": ("torchrun", "lightning", "zero3", "rank 1 diverges"),
+    "torchrun in SLURM, rank 1 diverges": ("torchrun in SLURM", "lightning", "zero3", "rank 1 diverges"),
     "pytorch_lightning": ("", "pytorch_lightning", "zero2", ""),
     "pytorch_lightning, spawn": ("", "pytorch_lightning", "zero3_spawn", ""),
 }
@@ -124,25 +127,31 @@ class Finished:
         return json.loads((self.folder / f"{strategy}-rank{rank}.json").read_text())
 
 
+def started_by(launcher: str) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Return the arguments before the script's name, and variables."""
+    if launcher == "torchrun":  # the elastic rendezvous: the ranks' address and port are negotiated
+        return (*TORCHRUN, "--standalone"), {}
+    if launcher == "torchrun in SLURM":  # the static one: they are given
+        where = ("--nnodes=1", "--node-rank=0", "--master-addr=127.0.0.1", f"--master-port={free_port()}")
+        one_task = {"SLURM_JOB_ID": "4711", "SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+        return (*TORCHRUN, *where), {**SLURM, **one_task}
+    return (), {}
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Finished]:
     """Every case, two at a time."""
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")
-        and not name.startswith(("LIT_ZERO_", "TORCHELASTIC_", "PL_"))
-    }
 
     def run(case: str) -> Finished:
         launcher, *arguments = CASES[case]
         folder = tmp_path_factory.mktemp(case.replace(" ", "_").replace(",", ""))
         (folder / "train.py").write_text(textwrap.dedent(SCRIPT))
-        command = [sys.executable, *(TORCHRUN if launcher else ()), str(folder / "train.py"), *arguments, str(folder)]
+        start, variables = started_by(launcher)
+        command = [sys.executable, *start, str(folder / "train.py"), *arguments, str(folder)]
         done = subprocess.run(
             command,
             cwd=folder,
-            env={**environment, "OMP_NUM_THREADS": "1"},
+            env=environment(**variables),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -161,7 +170,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Finished]:
         ("alone", "zero2"),
         ("alone", "zero3"),
         ("torchrun, rank 0 raises", "zero1"),
-        ("torchrun, rank 1 diverges", "zero3"),
+        ("torchrun in SLURM, rank 1 diverges", "zero3"),
     ],
 )
 def test_two_processes_train_together(finished, case, strategy):
@@ -172,6 +181,15 @@ def test_two_processes_train_together(finished, case, strategy):
     assert first["strategy"] == "lightning.pytorch.strategies.parallel"
     assert first["weights"] == finished["alone"].seen("zero2", 0)["weights"], "it does not matter who starts the ranks"
     assert second["weights"] == {}
+
+
+def test_torchrun_inside_slurm(finished):
+    """PL#18466: in an allocation, torchrun says who the ranks are, and SLURM's variables, which know one task a node,
+    do not.
+    """
+    found = [finished["torchrun in SLURM, rank 1 diverges"].seen("zero3", rank) for rank in (0, 1)]
+    assert [each["place"] for each in found] == [[0, 0, 0], [1, 1, 0]]
+    assert {each["environment"] for each in found} == {"TorchElasticEnvironment"}
 
 
 def test_two_trainers_of_one_script_share_their_processes(finished):
@@ -217,7 +235,7 @@ def test_spawn_under_the_other_name_of_lightning(finished):
         ("rank 0 raises", ["in training_step", "ValueError: rank 0 alone finds a mistake"]),
         ("torchrun, rank 0 raises", ["in training_step", "ValueError: rank 0 alone finds a mistake"]),
         (
-            "torchrun, rank 1 diverges",
+            "torchrun in SLURM, rank 1 diverges",
             ["in pre_backward", "LitZeroError: The loss is nan on rank 1 at step 2. No weight has been changed by it"],
         ),
     ],
