@@ -10,7 +10,7 @@ phases:
 3. When all have answered, every rank leaves the process group and collects garbage: nothing of a call outlives it.
 
 Anything but a result from every rank raises ``RankFailure`` and ends the processes; the next call starts new ones. That
-costs a few tenths of a second, because ranks are forked from a server process that has imported torch and lightning.
+costs a few tenths of a second, because ranks are forked from a server process that has imported what they need.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ from typing import Any, NoReturn
 START_TIMEOUT = 120.0  # seconds for a rank to import torch and report, on a machine that is busy with other things
 GRACE = 5.0  # seconds that the other ranks get to answer once one has failed
 HOST = "127.0.0.1"
-PRELOAD = ["torch.distributed", "lightning.pytorch"]  # what the server imports before it forks ranks
+# What the server imports before it forks ranks.
+PRELOAD = ["torch.distributed", "lightning.pytorch", "lit_zero", "pytest"]
 
 
 class RankFailure(Exception):

@@ -106,12 +106,12 @@ COMPLAINTS = {
         "gpt-neox#849 DS#3916 PL#18466",
         [
             "strategy/test_clusters.py::test_a_port_that_another_job_has",
-            "strategy/test_clusters.py::test_torchrun_inside_slurm",
+            "strategy/test_launch.py::test_torchrun_inside_slurm",
         ],
     ),
     "sweeps": (
         "hydra#2070 PL#18175 PL#16694 PL#2691 lightning-hydra-template#393",
-        ["config/test_multirun.py::test_sweep_of_stages_and_devices_ends_with_eight_correct_rows"],
+        ["config/test_multirun.py::test_sweep_of_stages_and_devices_ends_with_a_correct_row_for_every_job"],
     ),
     "torch.compile": (
         "pytorch#115484 pytorch#140091 PL#21357",

@@ -92,7 +92,7 @@ def test_averages_of_masters(ranks, tmp_path):
     job = With(replace(FIT, trainer={"precision": "bf16-mixed"}), [EMA])
     theirs = run(job, tmp_path / "alone")
     bits = None
-    for stage in STAGES:
+    for stage in ("stage1", "stage3"):
         mine = ranks(2).run(run, under(job, stage), tmp_path / stage)[0]
         assert mine.weights["model.blocks.0.up.weight"].dtype == torch.float32
         assert distance(mine.weights, theirs.weights) < 1e-2
@@ -101,11 +101,11 @@ def test_averages_of_masters(ranks, tmp_path):
         assert same_bits(mine.weights, bits)
 
 
-@pytest.mark.parametrize("use_buffers", [True, False])
-def test_batch_statistics_as_under_ddp(ranks, tmp_path, use_buffers):
+@pytest.mark.parametrize(("use_buffers", "stages"), [(True, STAGES), (False, ("stage3",))])
+def test_batch_statistics_as_under_ddp(ranks, tmp_path, use_buffers, stages):
     fit = replace(FIT, module=Normalised, devices=2, zero="ddp", epochs=2)
     job = With(fit, [(EMAWeightAveraging, {"decay": 0.8, "use_buffers": use_buffers})])
-    found = ranks(2).run(run_all, [job, *(under(job, stage) for stage in STAGES)], tmp_path)[0]
+    found = ranks(2).run(run_all, [job, *(under(job, stage) for stage in stages)], tmp_path)[0]
     assert found[0].weights["model.norm.running_var"].std() > 1e-4
     for mine in found[1:]:
         assert distance(mine.weights, found[0].weights) < 1e-6
@@ -177,7 +177,7 @@ def test_plain_checkpoints_resume_in_every_stage(ranks, tmp_path, plain):
         check_rest(ranks(2).run(run, job, tmp_path / stage)[0], plain[0])
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", ["stage1", "stage3"])  # how weights are held; resuming is in every stage
 def test_a_full_checkpoint_is_a_plain_one(ranks, tmp_path, plain, stage):
     ranks(2).run(run, under(KEPT, stage), tmp_path)
     path = tmp_path / "kept" / "epoch=0.ckpt"

@@ -81,13 +81,13 @@ def test_it_does_something(alone):
     assert distance(alone[0].weights, alone[-1].weights) > 1e-2
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_batch_statistics_are_made_anew(ranks, tmp_path, accumulate):
+@pytest.mark.parametrize(("accumulate", "stages"), [(1, ("none", "stage3")), (2, ("stage2",))])
+def test_batch_statistics_are_made_anew(ranks, tmp_path, accumulate, stages):
     """One more epoch without backward, as under DDP."""
     trainer = {"accumulate_grad_batches": accumulate}
     fit = replace(FIT, module=Normalised, devices=2, zero="ddp", epochs=3, trainer=trainer)
     job = With(fit, [COSINE])
-    found = ranks(2).run(run_all, [job, *(under(job, stage) for stage in STAGES)], tmp_path)[0]
+    found = ranks(2).run(run_all, [job, *(under(job, stage) for stage in stages)], tmp_path)[0]
     assert int(found[0].weights["model.norm.num_batches_tracked"]) == 5, "of the last epoch alone"
     for mine in found[1:]:
         assert distance(mine.weights, found[0].weights) < 1e-6

@@ -6,6 +6,7 @@ that went wrong on its rank.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import threading
@@ -66,8 +67,15 @@ def placed(exchange: Exchange, value: torch.Tensor) -> torch.Tensor:
     return exchange.zeros(value.numel(), value.dtype, CPU).copy_(value)
 
 
+@functools.cache
+def noise(rank: int) -> torch.Tensor:
+    """Return a rank's random numbers: drawn once, because drawing takes longer than what is tested."""
+    return torch.randn(5 * LONG, generator=torch.Generator().manual_seed(rank))
+
+
 def contribution(rank: int, numel: int, dtype: torch.dtype, salt: int = 0) -> torch.Tensor:
-    return torch.randn(numel, generator=torch.Generator().manual_seed(1000 * salt + rank)).to(dtype)
+    """Return ``numel`` random elements of a rank, up to ``4 * LONG``; others for every salt up to 1000."""
+    return noise(rank)[137 * salt :][:numel].to(dtype, copy=True)
 
 
 def added_in_rank_order(

@@ -194,19 +194,3 @@ def test_app_that_does_not_import_lit_zero_composes_its_groups(tmp_path: Path) -
     cfg = json.loads(done.output)
     assert cfg["zero"]["stage"] == "stage3"
     assert cfg["trainer"]["precision"] == "bf16-mixed"
-
-
-def test_importing_lit_zero_leaves_hydra_alone_until_it_is_used(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import sys\n"
-        "import lit_zero, lit_zero.config\n"
-        "assert not any(name.split('.')[0] in ('hydra', 'omegaconf') for name in sys.modules)\n"
-        "from hydra import compose, initialize_config_dir\n"
-        "from omegaconf import OmegaConf\n"
-        f"open({str(tmp_path / 'mine.yaml')!r}, 'w').write('defaults: [/zero: stage1]')\n"
-        f"with initialize_config_dir({str(tmp_path)!r}, version_base='1.3'):\n"
-        "    assert compose('mine').zero.stage == 'stage1'\n"
-    )
-    done = run(script, cwd=tmp_path)
-    assert done.code == 0, done.output

@@ -21,7 +21,7 @@ from lit_zero.config.jobs import _quoted, exit_in_words, typed
 from lit_zero.config.results import plain, read_result, read_results
 from lit_zero.config.sweep import SweepTable, write_result
 from lit_zero.config.table import tabulate
-from tests.config.support import composed, refusal
+from tests.config.support import composed, in_order, refusal
 
 RESUME = "hydra.callbacks.sweep_table.resume=true"
 SVG = "{http://www.w3.org/2000/svg}"
@@ -253,6 +253,17 @@ def test_resume_of_no_sweep_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert said is not None
     assert said.startswith(f"{RESUME} takes up an earlier sweep, but there is no folder {tmp_path}/nowhere. Name the")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_resume_of_another_sweep_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "there" / "0"
+    folder.mkdir(parents=True)
+    write_result(folder, job(0, "stage2"))
+    said = refusal(monkeypatch, "-m", "zero=stage1", "model.dim=32", RESUME, "hydra.sweep.dir=there")
+    assert said is not None and said.startswith(f"{RESUME} takes up the same sweep only: ")
+    assert in_order(said, ["'zero=stage2 lr=1'", "is 'zero=stage1 model.dim=32'"])
+    assert read_result(folder) == job(0, "stage2"), "nothing was overwritten"
 
 
 @pytest.mark.parametrize(("variable", "starter"), [("WORLD_SIZE", "torchrun"), ("SLURM_STEP_NUM_TASKS", "srun")])

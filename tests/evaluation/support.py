@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from torchmetrics import CatMetric, MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from lit_zero import ZeroStrategy
-from tests.strategy.harness import LENGTH, STAGES, VOCAB, LitGPT
+from tests.strategy.harness import LENGTH, VOCAB, LitGPT
 
 
 class Measured(LitGPT):
@@ -129,6 +129,7 @@ class Case:
     sizes: list[list[int]] | None = None
     sized: bool = False
     forced: bool = False
+    stages: Sequence[str] = ("none", "stage3")  # without and with an exchange in every step
 
     def loaders(self, alone: bool) -> Any:
         """Return the loaders of a rank, or of one process with batches of all ranks together."""
@@ -190,11 +191,11 @@ def alone(case: Case, folder: Path) -> Found:
     return run(case, "auto", folder)
 
 
-def in_all_stages(case: Case, folder: Path) -> list[Found]:
-    """Run a case on this rank, in every stage."""
-    return [run(case, ZeroStrategy(stage), folder) for stage in STAGES]
+def in_its_stages(case: Case, folder: Path) -> list[Found]:
+    """Run a case on this rank, in each of its stages."""
+    return [run(case, ZeroStrategy(stage), folder) for stage in case.stages]
 
 
 def all_cases(cases: list[Case], folder: Path) -> list[list[Found]]:
     """Run several cases: fewer calls of the pool."""
-    return [in_all_stages(case, folder) for case in cases]
+    return [in_its_stages(case, folder) for case in cases]

@@ -28,7 +28,7 @@ CASES = {
     "a batch is what the dataset gives": Case([5], share=1, options={"batch_size": None}),
     "fewer samples than ranks": Case([1], share=2),
     "even": Case([16]),
-    "two loaders": Case([9, 13]),
+    "two loaders": Case([9, 13], stages=STAGES),
     "shuffled": Case([11], share=2, options={"shuffle": True}),
     "incomplete batches left out": Case([15], share=2, options={"drop_last": True}),
     "stopped early": Case([17], trainer={"limit_val_batches": 2, "limit_test_batches": 0.5}),

@@ -29,7 +29,8 @@ PARTS = ("lit_zero", "conf", "kernels", "tests", "examples", "pyproject.toml", "
 
 PROBE = """
     import importlib.metadata, importlib.resources, importlib.util, json, os, sys
-    import lit_zero
+    import lit_zero, lit_zero.config
+    early = sorted(name for name in sys.modules if name.split(".")[0] in ("hydra", "omegaconf"))
     conf = importlib.resources.files("lit_zero.conf")
     import lit_zero.conf, lit_zero.kernels
     import kernels
@@ -41,6 +42,7 @@ PROBE = """
         "folders": [os.path.dirname(each.__file__) for each in (lit_zero, lit_zero.conf, lit_zero.kernels)],
         "yaml": sorted(str(path.relative_to(str(conf))) for path in conf.rglob("*.yaml")),
         "stage": zero.stage,
+        "imported early": early,
         "other_kernels": kernels.WHOSE,
         "strays": [str(spec) for name in ("conf", "tests", "examples") if (spec := importlib.util.find_spec(name))],
     }))
@@ -128,13 +130,17 @@ def test_imports_resources_and_neighbors(install: Install, tmp_path: Path) -> No
     assert seen["yaml"] == _yaml_files(install.source / "conf")
     assert "zero/stage3.yaml" in seen["yaml"]
     assert seen["stage"] == "stage3"
+    assert seen["imported early"] == [], "importing lit_zero leaves Hydra alone until it is used"
     assert seen["other_kernels"] == "somebody else"
     # The borrowed environment may hold badly packaged distributions; ours must not add to them.
     assert not [spec for spec in seen["strays"] if str(install.source.parent) in spec]
 
 
 def test_console_script(install: Install, tmp_path: Path) -> None:
-    assert "consolidate" in install.run(install.python.parent / "lit-zero", "--help", cwd=tmp_path)
+    script = install.python.parent / "lit-zero"
+    assert os.access(script, os.X_OK) and "from lit_zero.cli import main" in script.read_text()
+    if install.kind == "wheel":  # the same few lines in both, which import for seconds
+        assert "consolidate" in install.run(script, "--help", cwd=tmp_path)
 
 
 def test_every_package_is_listed() -> None:

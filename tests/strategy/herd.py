@@ -84,7 +84,6 @@ class Case:
 SHARDED = {"zero": "stage3", "checkpoint": "sharded", "start_method": "forkserver"}
 CASES = {
     "zero0_fork": Case("zero0_fork"),
-    "zero1_fork": Case("zero1_fork"),
     "zero2_notebook": Case("zero2_notebook"),
     "zero3_fork": Case("zero3_fork", more=("validate", "test")),
     "forkserver, sharded checkpoints": Case(SHARDED),

@@ -1,4 +1,4 @@
-"""A program whose ranks others start: it trains in every stage and writes down what each rank saw.
+"""A program whose ranks others start: it trains without and with sharding and writes down what each rank saw.
 
 ``python -m tests.strategy.job FOLDER NODES DEVICES``
 """
@@ -13,9 +13,10 @@ from pathlib import Path
 
 import torch
 
-from tests.strategy.harness import BATCH, STAGES, Fit, LitGPT, loader, make_trainer
+from tests.strategy.harness import BATCH, Fit, LitGPT, loader, make_trainer
 
 FIT = Fit(arguments={"optimizer": "sgd", "lr": 0.1}, epochs=1)
+STAGES = ("none", "stage2", "stage3")  # to add up all, to add up parts, to gather besides
 STARTED: list[str] = []  # programs that this process has started
 
 

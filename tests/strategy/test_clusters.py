@@ -1,4 +1,4 @@
-"""Ranks that others start: torchrun with either rendezvous, on one host and on two, and SLURM."""
+"""Ranks that others start: torchrun on two hosts, and SLURM. ``test_launch.py`` has torchrun on one host."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from tests.hosts import ADDRESSES, INTERFACE, run_on_two_hosts
-from tests.strategy.harness import STAGES, distance, same_bits, train
-from tests.strategy.job import FIT
+from tests.strategy.harness import distance, same_bits, train
+from tests.strategy.job import FIT, STAGES
 
 ROOT = Path(__file__).parents[2]
 JOB = ("-m", "tests.strategy.job")
@@ -81,25 +81,6 @@ def check_weights(folder: Path, alone: Any) -> None:
     for each in stages:
         assert distance(each, alone.weights) < 1e-6
         assert same_bits(each, stages[0])
-
-
-def test_torchrun_inside_slurm(start, alone, tmp_path):
-    """PL#18466: in an allocation, torchrun says who the ranks are, and SLURM's variables, which know one task a node,
-    do not.
-    """
-    variables = environment(**SLURM, SLURM_JOB_ID="4711", SLURM_NTASKS="1", SLURM_PROCID="0", SLURM_LOCALID="0")
-    # The static rendezvous: the ranks' address and port are given, nothing is negotiated.
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--nnodes=1", "--node-rank=0"]
-    torchrun += ["--master-addr=127.0.0.1", f"--master-port={free_port()}"]
-    process = start([*torchrun, *JOB, str(tmp_path), "1", "2"], variables)
-    assert process.wait(TIMEOUT) == 0, (tmp_path / "log").read_text()
-    found = seen(tmp_path, 2)
-    assert [(each["rank"], each["local"], each["node"], each["world"]) for each in found] == [
-        (0, 0, 0, 2),
-        (1, 1, 0, 2),
-    ]
-    assert {each["environment"] for each in found} == {"TorchElasticEnvironment"}
-    check_weights(tmp_path, alone)
 
 
 def test_slurm(start, alone, tmp_path):

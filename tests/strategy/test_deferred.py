@@ -95,7 +95,7 @@ def test_no_rank_ever_holds_the_whole_model(ranks, tmp_path, size):
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
 def test_weights_are_those_of_an_eager_build(ranks, tmp_path, precision):
-    trainer = {"precision": precision}
+    trainer = {"precision": precision, "max_steps": 1, "limit_val_batches": 0}
     alone = train(Fit(trainer=trainer, module=Deferred, arguments={"lr": 0.0}), tmp_path / "alone")
     fits = [Fit({"zero": stage}, 2, trainer, Deferred, {"lr": 0.0}) for stage in STAGES]
     for each in ranks(2).run(train_all, fits, tmp_path / "ranks")[0]:

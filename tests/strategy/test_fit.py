@@ -46,9 +46,18 @@ def in_all_stages(ranks: Ranks, size: int, folder: Path, **fit: Any) -> tuple[li
     return per_rank[0], alone
 
 
-@pytest.mark.parametrize("optimizer", [ADAMW, SGD], ids=["adamw", "sgd"])
-@pytest.mark.parametrize("clip", [{}, NORM, VALUE], ids=["unclipped", "norm", "value"])
-@pytest.mark.parametrize("accumulate", [{}, THREE], ids=["1x", "3x"])
+# Every two settings meet once; tests/zero/test_equality.py lets all of them meet.
+@pytest.mark.parametrize(
+    ("optimizer", "clip", "accumulate"),
+    [
+        pytest.param(SGD, {}, {}, id="sgd-unclipped-1x"),
+        pytest.param(SGD, NORM, THREE, id="sgd-norm-3x"),
+        pytest.param(SGD, VALUE, {}, id="sgd-value-1x"),
+        pytest.param(ADAMW, {}, THREE, id="adamw-unclipped-3x"),
+        pytest.param(ADAMW, NORM, {}, id="adamw-norm-1x"),
+        pytest.param(ADAMW, VALUE, THREE, id="adamw-value-3x"),
+    ],
+)
 def test_equals_one_device(ranks, tmp_path, optimizer, clip, accumulate):
     stages, alone = in_all_stages(ranks, 2, tmp_path, arguments=optimizer, trainer={**clip, **accumulate})
     for each in stages:

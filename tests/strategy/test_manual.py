@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,15 +102,20 @@ class GAN(pl.LightningModule):
         return [first, second], schedulers
 
 
-def in_all_stages(ranks: Ranks, size: int, folder: Path, **fit: Any) -> tuple[list[Outcome], Outcome]:
+def in_stages(
+    ranks: Ranks, size: int, folder: Path, stages: Sequence[str] = STAGES, **fit: Any
+) -> tuple[list[Outcome], Outcome]:
     alone = train(Fit(**fit), folder / "alone")
-    fits = [Fit({"zero": stage}, size, **fit) for stage in STAGES]
+    fits = [Fit({"zero": stage}, size, **fit) for stage in stages]
     return ranks(size).run(train_all, fits, folder / "ranks", timeout=120)[0], alone
 
 
 @pytest.mark.parametrize("how", ["toggled", "dangling", "summed", "skipped", "twice", "clipped", "frozen"])
 def test_two_optimizers_equal_one_device(ranks, tmp_path, how):
-    stages, alone = in_all_stages(ranks, 2, tmp_path, module=GAN, arguments={"how": how})
+    # All stages where gradients of one optimizer meet those of the other, or wait; else one that shards nothing but the
+    # optimizer, and one that shards all.
+    some = STAGES if how in ("toggled", "summed", "twice") else ("stage1", "stage3")
+    stages, alone = in_stages(ranks, 2, tmp_path, some, module=GAN, arguments={"how": how})
     for each in stages:
         assert distance(each.weights, alone.weights) < 1e-6
         assert each.steps == alone.steps
@@ -129,7 +134,7 @@ def test_the_ways_to_train_differ(tmp_path):
 
 
 def test_in_bf16_mixed_two_optimizers_follow_one_device(ranks, tmp_path):
-    stages, alone = in_all_stages(ranks, 2, tmp_path, module=GAN, trainer={"precision": "bf16-mixed"})
+    stages, alone = in_stages(ranks, 2, tmp_path, module=GAN, trainer={"precision": "bf16-mixed"})
     for each in stages:
         assert distance(each.weights, alone.weights) < 1e-2
         assert same_bits(each.weights, stages[0].weights)
@@ -166,7 +171,7 @@ class Careless(GAN):
 
 
 def test_gradients_stay_until_they_are_cleared(ranks, tmp_path):
-    stages, alone = in_all_stages(ranks, 2, tmp_path, module=Careless)
+    stages, alone = in_stages(ranks, 2, tmp_path, module=Careless)
     for each in stages:
         assert distance(each.weights, alone.weights) < 1e-6
 

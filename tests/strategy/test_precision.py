@@ -32,8 +32,7 @@ def close(one: Outcome, other: Outcome, weights: float, logged: float) -> None:
     assert one.column("val_loss") == pytest.approx(other.column("val_loss"), rel=logged)
 
 
-@pytest.mark.parametrize("accumulate", [1, 3])
-@pytest.mark.parametrize("optimizer", [ADAMW, SGD], ids=["adamw", "sgd"])
+@pytest.mark.parametrize(("optimizer", "accumulate"), [(ADAMW, 3), (SGD, 1)], ids=["adamw-3x", "sgd-1x"])
 def test_bf16_mixed_on_one_rank_is_bit_equal(ranks, tmp_path, optimizer, accumulate):
     # Weights that autocast would cast are cast once instead of at every use, to the same bits. The rest stays fp32.
     trainer = {"precision": "bf16-mixed", "accumulate_grad_batches": accumulate}
@@ -102,8 +101,7 @@ def test_choices_of_bf16_mixed(ranks, tmp_path, lower, reduce_dtype):
     close(mine, alone, weights=4 * ROUNDING, logged=4 * ROUNDING)
 
 
-@pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("optimizer", [ADAMW, SGD], ids=["adamw", "sgd"])
+@pytest.mark.parametrize(("optimizer", "size"), [(ADAMW, 2), (SGD, 1)], ids=["adamw-2", "sgd-1"])
 def test_bf16_true(ranks, tmp_path, size, optimizer):
     # Even on one rank not bit-equal: torch rounds ``a + alpha * b`` in bf16 differently in the vector part of its loop
     # and in the rest, and the rest is elsewhere in a flat buffer. Every step rounds every weight.
@@ -166,8 +164,9 @@ def scales(trainer: pl.Trainer) -> list[float]:
     return trainer.lightning_module.scales
 
 
-@pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("trainer", [{}, {"accumulate_grad_batches": 3}], ids=["1x", "3x"])
+@pytest.mark.parametrize(
+    ("trainer", "size"), [({}, 1), ({}, 2), ({"accumulate_grad_batches": 3}, 2)], ids=["1x-1", "1x-2", "3x-2"]
+)
 def test_a_rank_that_overflows_skips_the_step_on_all(ranks, tmp_path, size, trainer):
     arguments = {"overflows": (0, 6), "decay": False, **SGD}
     fit: dict[str, Any] = {"module": Overflowing, "arguments": arguments, "look": scales}

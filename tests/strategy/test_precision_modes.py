@@ -128,8 +128,9 @@ class Exact(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.125, momentum=0.5)
 
 
-@pytest.mark.parametrize("trainer", [{}, {"accumulate_grad_batches": 2}], ids=["1x", "2x"])
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize(
+    ("trainer", "size"), [({"accumulate_grad_batches": 2}, 2), ({}, 4)], ids=["2x-on-2", "1x-on-4"]
+)
 def test_forced_overflows_on_one_rank_equal_one_process_bit_for_bit(ranks, tmp_path, size, trainer):
     fit: dict[str, Any] = {"module": Exact, "arguments": {"overflows": (0, 3, 6)}, "look": scales}
     alone = train(Fit(trainer=half(**trainer), **fit), tmp_path / "alone")

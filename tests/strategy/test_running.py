@@ -141,8 +141,15 @@ def run_all(fit: Fit, folder: Path) -> dict[str, Any]:
     return {**found, "predicted": torch.cat(predicted)}
 
 
-@pytest.mark.parametrize(("precision", "close"), [("32-true", 1e-6), ("bf16-mixed", 2e-3)])
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    ("stage", "precision", "close"),
+    [
+        ("none", "bf16-mixed", 2e-3),
+        ("stage2", "32-true", 1e-6),  # replicated weights, as in stages none and 1
+        ("stage3", "32-true", 1e-6),
+        ("stage3", "bf16-mixed", 2e-3),
+    ],
+)
 def test_one_after_the_other(ranks, tmp_path, stage, precision, close):
     fit = replace(FIT, trainer={"precision": precision, "val_check_interval": 2})
     alone = run_all(fit, tmp_path / "alone")
