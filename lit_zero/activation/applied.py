@@ -29,9 +29,11 @@ class _Entry:
     Args:
         module: the block.
         treatment: what it does when gradients are needed.
+        owner: lives as long as the block does.
     """
 
-    def __init__(self, module: nn.Module, treatment: Treatment) -> None:
+    def __init__(self, module: nn.Module, treatment: Treatment, owner: Any) -> None:
+        self._owner = owner
         # ``block.compile()`` compiles the call, forward included, so that is what must run again.
         self._key = "forward" if module._compiled_call_impl is None else "_compiled_call_impl"
         self._module, self.treatment = module, treatment
@@ -69,7 +71,6 @@ class Applied:
         units: what ``blocks="auto"`` means.
         device: where the module computes.
         group: ranks that hold the same activations, for ``partition``.
-        peers: ranks that run the same blocks, which must choose alike, for ``budget``.
 
     Attributes:
         choices: what every block does, by name; with ``budget``, from the end of the first step's forward on.
@@ -86,9 +87,8 @@ class Applied:
         units: blocks.Choice,
         device: torch.device,
         group: Exchange | None = None,
-        peers: Exchange | None = None,
     ) -> None:
-        self.policy, self._peers, self._device = policy, peers or Exchange(), device
+        self.module, self.policy, self._device = module, policy, device
         self.choices: dict[str, Choice] = {}
         self.host: Host | None = None
         names = check_fit(module, policy, units)
@@ -113,7 +113,7 @@ class Applied:
         for name in names:
             block = module.get_submodule(name)
             make = first or self._makes[self.choices[name]]
-            self._entries[name] = _Entry(block, make(name, block))
+            self._entries[name] = _Entry(block, make(name, block), self)
 
     def _recomputed(self, group: Exchange | None) -> Callable[[str, nn.Module], Treatment]:
         if self.policy.variant == "partition":
@@ -123,10 +123,11 @@ class Applied:
             return partial(Recomputed, operators=overloads(self.policy.setting("operators")))
         return Recomputed
 
-    def step_is_over(self, micro_batches: int = 1, alive: int = 1) -> None:
+    def step_is_over(self, peers: Exchange, micro_batches: int = 1, alive: int = 1) -> None:
         """With ``budget``: choose by what the first step has shown; call it before the first weight is changed.
 
         Args:
+            peers: ranks that run the same blocks, and must choose alike.
             micro_batches: that the step has run.
             alive: how many of them were between their forward and their backward at a time, at most.
 
@@ -141,23 +142,30 @@ class Applied:
         for entry in entries.values():
             assert isinstance(entry.treatment, Watched)
             facts.append(_per_micro_batch(entry.treatment.found, micro_batches))
-        agreed, link = self._agree(facts, self.host.link())
+        agreed, link = self._agree(peers, facts, self.host.link() if self.host.frees else 0)
         budget = self.policy.setting("budget")
         choices = cheapest(agreed, budget, alive, link, self.host.overlaps)
         self.choices = dict(zip(entries, choices, strict=True))
         for name, entry in self._entries.items():
-            make = self._makes[self.choices.get(name, KEEP)]
+            make = self._makes[self.choices.get(name, RECOMPUTE)]  # what has not run yet must not add to the bytes
             entry.treatment = make(name, entry.treatment.module)
 
-    def _agree(self, facts: Sequence[Facts], link: int) -> tuple[list[Facts], int]:
+    def _agree(self, peers: Exchange, facts: Sequence[Facts], link: int) -> tuple[list[Facts], int]:
         """Return the largest of what the ranks have found, and the slowest link: all must choose alike."""
         rows = [[f.kept, f.inputs, f.small, f.moved, f.forward] for f in facts] + [[-link, 0, 0, 0, 0]]
-        table = self._peers.maximum(torch.tensor(rows, dtype=torch.int64, device=self._device)).tolist()
+        table = peers.maximum(torch.tensor(rows, dtype=torch.int64, device=self._device)).tolist()
         return [Facts(*row) for row in table[:-1]], -table[-1][0]
 
     def remove(self) -> None:
         """Leave the module as it was."""
         for entry in reversed(self._entries.values()):
+            entry.remove()
+
+
+def release(module: nn.Module) -> None:
+    """Take off a module what an earlier run has left on it."""
+    for each in module.modules():
+        for entry in [value for value in vars(each).values() if isinstance(value, _Entry)]:
             entry.remove()
 
 

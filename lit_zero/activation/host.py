@@ -118,6 +118,11 @@ class Host:
         self.last: weakref.ref[Shelf] | None = None
 
     @property
+    def frees(self) -> bool:
+        """Whether host memory is another one than the device's."""
+        return self._device.type != "cpu"
+
+    @property
     def overlaps(self) -> bool:
         """Whether copies run beside the computation."""
         return self._copies.overlaps

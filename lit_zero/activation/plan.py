@@ -51,7 +51,7 @@ def cheapest(facts: Sequence[Facts], budget: int, alive: int, link: int, overlap
         facts: of every block.
         budget: bytes.
         alive: micro-batches between their forward and their backward, at most.
-        link: bytes per second between the device and host memory, one way.
+        link: bytes per second between the device and host memory, one way; 0 if nothing can be moved there.
         overlaps: copies run beside the computation.
 
     Raises:
@@ -80,15 +80,13 @@ def cheapest(facts: Sequence[Facts], budget: int, alive: int, link: int, overlap
     return best[1]
 
 
-def _options(
-    facts: Facts, alive: int, link: int, overlaps: bool, movable: bool
-) -> list[tuple[Choice, int, int]]:
+def _options(facts: Facts, alive: int, link: int, overlaps: bool, movable: bool) -> list[tuple[Choice, int, int]]:
     """Return what a block may do, the bytes that it then holds, and the nanoseconds that this costs a micro-batch."""
     found: list[tuple[Choice, int, int]] = [(KEEP, facts.kept * alive, 0)]
     if not movable:
         return found
     found.append((RECOMPUTE, facts.inputs * alive, facts.forward))
-    if facts.moved:
+    if facts.moved and link:
         copy = facts.moved * 1_000_000_000 // link
         hidden = (facts.forward, 2 * facts.forward) if overlaps else (0, 0)  # a backward takes two forwards
         found.append((OFFLOAD, facts.small * alive, sum(max(0, copy - beside) for beside in hidden)))
@@ -104,7 +102,11 @@ def _search(options: Sequence[Sequence[tuple[Choice, int, int]]], room: int) -> 
     states: list[tuple[int, int, tuple[Choice, ...]]] = [(0, 0, ())]
     for number, each in enumerate(options):
         reached = sorted(
-            ((used + held, time + cost, (*chosen, choice)) for used, time, chosen in states for choice, held, cost in each),
+            (
+                (used + held, time + cost, (*chosen, choice))
+                for used, time, chosen in states
+                for choice, held, cost in each
+            ),
             key=lambda state: state[:2],
         )
         states = []

@@ -99,7 +99,8 @@ class Repetition:
         saved: Callable[[torch.Tensor], None] | None = None,
     ) -> None:
         self._title, self._run, self._buffers, self._keep, self._saved = title, run, buffers, keep, saved
-        self._first, self._second = contexts or (contextlib.nullcontext(), contextlib.nullcontext())
+        plain: Contexts = contextlib.nullcontext(), contextlib.nullcontext()
+        self._first, self._second = contexts or plain
         self._places: list[weakref.ref[_Saved]] = []
         self._facts: list[tuple[Any, ...]] = []
 
@@ -159,9 +160,9 @@ class Repetition:
             torch.enable_grad(),
             self._second,
             saved_tensors_hooks(pack, lambda tensor: tensor),
+            contextlib.suppress(_Enough),
         ):
-            with contextlib.suppress(_Enough):
-                self._run(*args, **kwargs)
+            self._run(*args, **kwargs)
         if number < len(self._places):
             raise self._refusal(f"it saved {len(self._places)} tensors, and now {number}")
         del self._second  # and the results that selective has kept

@@ -35,9 +35,7 @@ class Surroundings:
         random, dtype = random_states(), torch.get_default_dtype()
         with contextlib.ExitStack() as stack:
             for kind, enabled, lowered in self._autocast:
-                stack.enter_context(
-                    torch.autocast(kind, dtype=lowered, enabled=enabled, cache_enabled=self._cache)
-                )
+                stack.enter_context(torch.autocast(kind, dtype=lowered, enabled=enabled, cache_enabled=self._cache))
             set_random_states(self._random)
             torch.set_default_dtype(self._dtype)
             try:

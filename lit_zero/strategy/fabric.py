@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from lit_zero.activation.policy import Activation
 from lit_zero.checkpoint.policy import Checkpoint
 from lit_zero.comm.batch_norm import serve_the_cpu
 from lit_zero.comm.open import open_exchange
@@ -67,6 +68,7 @@ class FabricZeroStrategy(Ranked, fabric_strategies.ParallelStrategy):
         zero: as for a Trainer, see :class:`~lit_zero.strategy.strategy.ZeroStrategy`, and so are the others.
         precision: how mixed modes treat parameters and gradients; the mode itself is ``Fabric(precision=...)``.
         comm: how bytes travel.
+        activation: what lives between forward and backward.
         checkpoint: format of what is written.
         nonfinite_loss: what becomes of a loss that is NaN or infinite.
         timeout: seconds, or a timedelta, that a collective waits for a rank that does not come.
@@ -91,6 +93,7 @@ class FabricZeroStrategy(Ranked, fabric_strategies.ParallelStrategy):
         nonfinite_loss: Literal["error", "ignore"] = "error",
         timeout: float | timedelta = 1800.0,
         process_group_backend: str | None = None,
+        activation: str | Activation = "none",
         **kwargs: Any,
     ) -> None:
         new_job()
@@ -99,7 +102,9 @@ class FabricZeroStrategy(Ranked, fabric_strategies.ParallelStrategy):
             if value != default:
                 raise UnsupportedError(f"{name}={value!r} has no effect in Fabric: {advice}. Leave it out.")
         super().__init__(**kwargs)
-        self._settle(zero, precision, comm, checkpoint, nonfinite_loss, "error", timeout, process_group_backend)
+        self._settle(
+            zero, precision, comm, activation, checkpoint, nonfinite_loss, "error", timeout, process_group_backend
+        )
         self._managed = Managed()
         self._backward_sync_control = _NoReduce(self._managed)
         if self._checkpoint_io is not None:
@@ -196,6 +201,7 @@ class FabricZeroStrategy(Ranked, fabric_strategies.ParallelStrategy):
         refuse_max_norm(module, self.data_parallel_size)
         refuse_sparse_optimizers(optimizers)
         serve_the_cpu(module)
+        self.activations.apply(self, module, [list(range(self.world_size))])
         lowering = Lowering(self.precision_policy, lowered_dtype(self.precision))
         engine = Engine(
             module,
@@ -232,6 +238,7 @@ class FabricZeroStrategy(Ranked, fabric_strategies.ParallelStrategy):
             alone = self._managed.alone
             taking_part = [] if alone is None else [alone.engine]
         for engine in taking_part:
+            self.activations.backward_begins(engine.exchange)
             engine.begin_backward(tensor)
         super().backward(tensor, module, *args, **kwargs)
         for engine in taking_part:

@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lit_zero.activation.applied import check_fit
+from lit_zero.activation.policy import Activation
 from lit_zero.checkpoint.policy import Checkpoint
 from lit_zero.comm import process_group
 from lit_zero.comm.meeting import open_store
 from lit_zero.comm.policy import Comm
 from lit_zero.core.errors import LitZeroError, check_choice
 from lit_zero.precision.policy import Precision
+from lit_zero.strategy.activations import Activations
 from lit_zero.strategy.arguments import duration, instance
 from lit_zero.strategy.flavour import _init_dist_connection, fabric_rank_zero_only, rank_zero_only, reset_seed
 from lit_zero.strategy.refusals import refuse_other_size, refuse_surplus_rank
@@ -42,6 +45,7 @@ class Ranked(_Base):
         zero: str | Zero,
         precision: Precision | None,
         comm: Comm | None,
+        activation: str | Activation,
         checkpoint: str | Checkpoint,
         nonfinite_loss: str,
         nonfinite_norm: str,
@@ -52,6 +56,7 @@ class Ranked(_Base):
         self.zero = Zero(zero) if isinstance(zero, str) else instance("zero", zero, Zero)
         self.precision_policy = instance("precision", precision or Precision(), Precision)
         self.comm = instance("comm", comm or Comm(), Comm)
+        self.activations = Activations(activation)
         self.checkpoint_policy = (
             Checkpoint(checkpoint) if isinstance(checkpoint, str) else instance("checkpoint", checkpoint, Checkpoint)
         )
@@ -62,6 +67,19 @@ class Ranked(_Base):
         if backend is not None:
             check_choice("process_group_backend", backend, ("gloo", "nccl", "cpu:gloo,cuda:nccl"))
         self.backend = backend
+
+    @property
+    def activation(self) -> Activation:
+        """The user's choice of what lives between forward and backward."""
+        return self.activations.policy
+
+    def check_activation(self, module: torch.nn.Module) -> None:
+        """Refuse a choice of ``activation`` that does not fit ``module``, which may be on the meta device.
+
+        Raises:
+            ConfigError: naming what is not there.
+        """
+        check_fit(module, self.activation, self.zero.units)
 
     @property
     def root_device(self) -> torch.device:

@@ -20,6 +20,7 @@ from lit_zero.precision.policy import Lowering
 from lit_zero.zero.lane import ParamInfo
 from lit_zero.zero.policy import Units
 
+
 @dataclass
 class UnitPlan:
     """One unit before it has memory.
