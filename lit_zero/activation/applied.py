@@ -23,7 +23,7 @@ from lit_zero.core.errors import ConfigError, UnsupportedError
 
 
 class _Entry:
-    """A block's forward, or its compiled call: what stands in the module as an attribute of the instance, so that hooks,
+    """A block's forward, or its compiled call. It stands in the module as an attribute of the instance, so that hooks,
     names and classes stay.
 
     Args:

@@ -49,7 +49,8 @@ class Buffers:
     """The buffers of a block that its forward writes to (batch statistics): a repetition finds them as the forward did,
     and what it does to them is lost.
 
-    Which they are is learned from the first forward in each mode, training or evaluation.
+    Which they are is learned from the first forward in each mode, by comparison: batch norms write to theirs without
+    autograd's counter of versions.
 
     Args:
         module: the block.
@@ -57,23 +58,32 @@ class Buffers:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self._written: dict[bool, set[str]] = {}
+        self._owners = [each for each in module.modules() if each._buffers]
+        self._written: dict[tuple[bool, ...], set[str]] = {}  # by mode, training or evaluation, of every owner
 
-    def before(self) -> dict[str, tuple[torch.Tensor, int, torch.Tensor | None]]:
-        """Take note of the buffers before a forward."""
-        written = self._written.get(self._module.training)
-        return {
-            name: (buffer, _version(buffer), buffer.clone() if written is None or name in written else None)
-            for name, buffer in self._module.named_buffers()
-        }
+    def before(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Return the buffers before a forward, and copies of them."""
+        if not self._owners:
+            return {}
+        written = self._written.get(self._mode())
+        found = self._module.named_buffers()
+        return {name: (buffer, buffer.clone()) for name, buffer in found if written is None or name in written}
 
-    def written(self, before: dict[str, tuple[torch.Tensor, int, torch.Tensor | None]]) -> dict[str, torch.Tensor]:
+    def written(self, before: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """Return what those buffers were before a forward that it has written to."""
-        now = dict(self._module.named_buffers()) if before else {}
-        changed = {n for n, (old, version, _) in before.items() if now.get(n) is not old or version != _version(old)}
-        known = self._written.setdefault(self._module.training, set())
-        known |= changed
-        return {name: copy for name, (_, _, copy) in before.items() if name in changed and copy is not None}
+        if not self._owners:
+            return {}
+        if self._mode() not in self._written:
+            now = dict(self._module.named_buffers())
+            self._written[self._mode()] = {
+                name
+                for name, (buffer, copy) in before.items()
+                if now.get(name) is not buffer or not torch.equal(buffer, copy)
+            }
+        return {name: before[name][1] for name in self._written[self._mode()]}
+
+    def _mode(self) -> tuple[bool, ...]:
+        return tuple(each.training for each in self._owners)
 
     @contextlib.contextmanager
     def as_before(self, written: dict[str, torch.Tensor]) -> Iterator[None]:
@@ -89,7 +99,3 @@ class Buffers:
         finally:
             for table, key, value in places:
                 table[key] = value
-
-
-def _version(tensor: torch.Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
