@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lit_zero.activation.compiling import UNTRACED, unseen, watched, watcher
 from lit_zero.activation.host import Host
 from lit_zero.activation.operators import overloads
 from lit_zero.activation.plan import KEEP, OFFLOAD, RECOMPUTE, Choice, Facts, cheapest, every
@@ -41,11 +42,15 @@ class _Entry:
         self._run: Callable[..., Any] = getattr(module, self._key)
         vars(module)[self._key] = self
 
-    @torch.compiler.disable(recursive=False)
+    @unseen
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():  # an evaluation, or the first pass of a reentrant checkpoint
             return self._run(*args, **kwargs)
-        return self.treatment(self._run, args, kwargs)
+        return self._treat(watcher(), args, kwargs)
+
+    @torch.compiler.disable(reason=UNTRACED)
+    def _treat(self, by: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self.treatment(partial(watched, by, self._run), args, kwargs)
 
     def remove(self) -> None:
         """Give the module its own forward back; where something else stands on top by now, do nothing from now on."""
@@ -201,7 +206,7 @@ def _refuse_compiled(name: str, block: nn.Module) -> None:
         raise UnsupportedError(
             f"Block {name!r} is compiled, which makes one operator of it: activation='selective' cannot keep the "
             "results of some inside. Use activation='full', which computes the compiled block again, or do not "
-            "compile it."
+            "compile."
         )
 
 

@@ -89,7 +89,8 @@ def _options(facts: Facts, alive: int, link: int, overlaps: bool, movable: bool)
     if facts.moved and link:
         copy = facts.moved * 1_000_000_000 // link
         hidden = (facts.forward, 2 * facts.forward) if overlaps else (0, 0)  # a backward takes two forwards
-        found.append((OFFLOAD, facts.small * alive, sum(max(0, copy - beside) for beside in hidden)))
+        waits = sum(max(0, copy - beside) for beside in hidden)
+        found.append((OFFLOAD, facts.small * alive, max(1, waits)))  # of what costs the same, rather keep
     return found
 
 

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
+from lit_zero.activation.compiling import UNTRACED
 from lit_zero.activation.surroundings import Buffers, Surroundings
 from lit_zero.core.errors import LitZeroError
 from lit_zero.core.nested import tensors_in
@@ -103,6 +104,7 @@ class Repetition:
         self._first, self._second = contexts or plain
         self._places: list[weakref.ref[_Saved]] = []
         self._facts: list[tuple[Any, ...]] = []
+        self._filled = 0  # places
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the block."""
@@ -118,6 +120,7 @@ class Repetition:
         del self._first, self._saved
         return output
 
+    @torch.compiler.disable(reason=UNTRACED)
     def _pack(self, tensor: torch.Tensor) -> _Saved:
         place = _Saved()
         self._places.append(weakref.ref(place))
@@ -126,6 +129,7 @@ class Repetition:
             self._saved(tensor)
         return place
 
+    @torch.compiler.disable(reason=UNTRACED)
     def _unpack(self, place: _Saved) -> torch.Tensor:
         if place.value is None:
             self._again()
@@ -136,36 +140,32 @@ class Repetition:
         if self._inputs is None:
             raise self._refusal("a tensor is asked for that it has not given")
         (args, kwargs), self._inputs = self._inputs.back(), None
-        number = 0
-
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
-            nonlocal number
-            tensor = tensor.detach()
-            if number == len(self._places):
-                raise self._refusal(f"it saved {number} tensors, and now more")
-            if _facts(tensor) != self._facts[number]:
-                was, now = (f"{list(shape)} {dtype}" for shape, dtype, _ in (self._facts[number], _facts(tensor)))
-                raise self._refusal(f"the saved tensor {number} was {was}, and now is {now}")
-            place = self._places[number]()
-            if place is not None:  # else this part of the graph is gone already
-                place.value = tensor
-            number += 1
-            if number == len(self._places):
-                raise _Enough
-            return tensor
-
         with (
             self._surroundings.again(),
             self._buffers.as_before(self._written),
             torch.enable_grad(),
             self._second,
-            saved_tensors_hooks(pack, lambda tensor: tensor),
+            saved_tensors_hooks(self._fill, _as_it_is),
             contextlib.suppress(_Enough),
         ):
             self._run(*args, **kwargs)
-        if number < len(self._places):
-            raise self._refusal(f"it saved {len(self._places)} tensors, and now {number}")
+        if self._filled < len(self._places):
+            raise self._refusal(f"it saved {len(self._places)} tensors, and now {self._filled}")
         del self._second  # and the results that selective has kept
+
+    @torch.compiler.disable(reason=UNTRACED)
+    def _fill(self, tensor: torch.Tensor) -> torch.Tensor:
+        number, tensor = self._filled, tensor.detach()
+        if _facts(tensor) != self._facts[number]:
+            was, now = (f"{list(shape)} {dtype}" for shape, dtype, _ in (self._facts[number], _facts(tensor)))
+            raise self._refusal(f"the saved tensor {number} was {was}, and now is {now}")
+        place = self._places[number]()
+        if place is not None:  # else this part of the graph is gone already
+            place.value = tensor
+        self._filled += 1
+        if self._filled == len(self._places):
+            raise _Enough
+        return tensor
 
     def _refusal(self, what: str) -> LitZeroError:
         return LitZeroError(
@@ -173,6 +173,10 @@ class Repetition:
             "its arguments, parameters and random numbers only, not on what it has stored elsewhere (a cache: "
             "use_cache=False; a counter). Leave the block out with activation.blocks, or use activation='offload'."
         )
+
+
+def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 def _facts(tensor: torch.Tensor) -> tuple[Any, ...]:

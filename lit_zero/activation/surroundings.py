@@ -80,7 +80,7 @@ class Buffers:
                 for name, (buffer, copy) in before.items()
                 if now.get(name) is not buffer or not torch.equal(buffer, copy)
             }
-        return {name: before[name][1] for name in self._written[self._mode()]}
+        return {name: before[name][1] for name in self._written[self._mode()] if name in before}
 
     def _mode(self) -> tuple[bool, ...]:
         return tuple(each.training for each in self._owners)

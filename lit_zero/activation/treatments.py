@@ -12,6 +12,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
+from lit_zero.activation.compiling import UNTRACED
 from lit_zero.activation.host import Host, Moved, Shelf
 from lit_zero.activation.plan import Facts
 from lit_zero.activation.recompute import Call, Contexts, Kept, Repetition
@@ -92,28 +93,44 @@ class Offloaded(Treatment):
 
     def __call__(self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the block."""
-        host, shelf = self._host, Shelf(self._host)
-        staying = memory_of(self.module)
-        # A tensor that is saved twice is moved once. The original stays until the forward is over: its memory would
-        # else be given to another tensor, which could not be told from it.
-        known: dict[Any, tuple[torch.Tensor, Moved]] = {}
-
-        def pack(tensor: torch.Tensor) -> torch.Tensor | Moved:
-            if not host.takes(tensor) or tensor.untyped_storage().data_ptr() in staying:
-                return tensor
-            key = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version
-            if key not in known:
-                known[key] = tensor, host.move(tensor, shelf)
-                shelf.add(known[key][1])
-            return known[key][1]
-
-        def unpack(place: torch.Tensor | Moved) -> torch.Tensor:
-            return host.take(place) if isinstance(place, Moved) else place
-
-        with saved_tensors_hooks(pack, unpack):
+        call = _Moves(self._host, memory_of(self.module))
+        with saved_tensors_hooks(call.pack, call.unpack):
             output = run(*args, **kwargs)
-        known.clear()
+        call.known.clear()
         return output
+
+
+class _Moves:
+    """What one call of a block moves.
+
+    Args:
+        host: where to.
+        staying: storages that stay.
+
+    Attributes:
+        known: what has been moved. A tensor that is saved twice is moved once; the original stays until the forward is
+            over, since its memory would else be given to another tensor, which could not be told from it.
+    """
+
+    def __init__(self, host: Host, staying: set[int]) -> None:
+        self._host, self._staying, self._shelf = host, staying, Shelf(host)
+        self.known: dict[Any, tuple[torch.Tensor, Moved]] = {}
+
+    @torch.compiler.disable(reason=UNTRACED)
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor | Moved:
+        """Return what stands in the graph for a saved tensor."""
+        if not self._host.takes(tensor) or tensor.untyped_storage().data_ptr() in self._staying:
+            return tensor
+        key = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version
+        if key not in self.known:
+            self.known[key] = tensor, self._host.move(tensor, self._shelf)
+            self._shelf.add(self.known[key][1])
+        return self.known[key][1]
+
+    @torch.compiler.disable(reason=UNTRACED)
+    def unpack(self, place: torch.Tensor | Moved) -> torch.Tensor:
+        """Return the tensor."""
+        return self._host.take(place) if isinstance(place, Moved) else place
 
 
 class Watched(Recomputed):
