@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch._C import _dynamo
+from torch._dynamo.decorators import skip
 
 UNTRACED = "lit_zero decides what becomes of the tensors that a block saves"  # the reason that torch.compile tells
 
@@ -21,8 +22,7 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 def unseen(function: _F) -> _F:
     """Let nobody look at a function; what it calls is looked at."""
-    _dynamo.eval_frame.skip_code(function.__code__)  # type: ignore[attr-defined]
-    hidden: _F = torch.compiler.disable(function, recursive=False, reason=UNTRACED)
+    hidden: _F = torch.compiler.disable(skip(function), recursive=False, reason=UNTRACED)
     return hidden
 
 
