@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import types
 import warnings
 from collections.abc import Callable, Sequence
@@ -15,17 +14,18 @@ from torch import nn
 from lit_zero.activation.compiling import UNTRACED, unseen, watched, watcher
 from lit_zero.activation.host import Host
 from lit_zero.activation.operators import overloads
+from lit_zero.activation.partition import Parted
 from lit_zero.activation.plan import KEEP, OFFLOAD, RECOMPUTE, Choice, Facts, cheapest, every
 from lit_zero.activation.policy import Activation
-from lit_zero.activation.treatments import Offloaded, Recomputed, Treatment, Watched, share_with
+from lit_zero.activation.treatments import Offloaded, Recomputed, Treatment, Watched
 from lit_zero.comm.exchange import Exchange
 from lit_zero.core import blocks
 from lit_zero.core.errors import ConfigError, UnsupportedError
 
 
 class _Entry:
-    """A block's forward, or its compiled call. It stands in the module as an attribute of the instance, so that hooks,
-    names and classes stay.
+    """A block's forward, or its compiled call, from the outside. It stands in the module as an attribute of the
+    instance, so that hooks, names and classes stay; in a copy of the module it does nothing.
 
     Args:
         module: the block.
@@ -34,16 +34,17 @@ class _Entry:
     """
 
     def __init__(self, module: nn.Module, treatment: Treatment, owner: Any) -> None:
-        self._owner = owner
         # ``block.compile()`` compiles the call, forward included, so that is what must run again.
         self._key = "forward" if module._compiled_call_impl is None else "_compiled_call_impl"
-        self._module, self.treatment = module, treatment
+        self.module, self.treatment, self.owner = module, treatment, owner
         self._before = vars(module).get(self._key)
         self._run: Callable[..., Any] = getattr(module, self._key)
-        vars(module)[self._key] = self
+        self._placed = _placed(self, self._before)
+        vars(module)[self._key] = self._placed
 
     @unseen
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the block."""
         if not torch.is_grad_enabled():  # an evaluation, or the first pass of a reentrant checkpoint
             return self._run(*args, **kwargs)
         return self._treat(watcher(), args, kwargs)
@@ -54,17 +55,24 @@ class _Entry:
 
     def remove(self) -> None:
         """Give the module its own forward back; where something else stands on top by now, do nothing from now on."""
-        self.treatment = Treatment(self.treatment.title, self._module)
-        if vars(self._module).get(self._key) is self:
-            del vars(self._module)[self._key]
+        self.treatment = Treatment(self.treatment.title, self.module)
+        if vars(self.module).get(self._key) is self._placed:
+            del vars(self.module)[self._key]
             if self._before is not None:
-                vars(self._module)[self._key] = self._before
+                vars(self.module)[self._key] = self._before
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """A copy of the module is as the user made it."""
-        if self._before is not None:
-            return copy.deepcopy(self._before, memo)
-        return types.MethodType(type(self._module).forward, copy.deepcopy(self._module, memo))
+
+def _placed(entry: _Entry, before: Callable[..., Any] | None) -> types.MethodType:
+    """Return what stands in the module: a method, since a copy of the module gets one of its own."""
+
+    def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if module is entry.module:
+            return entry.run(args, kwargs)
+        return type(module).forward(module, *args, **kwargs) if before is None else before(*args, **kwargs)
+
+    hidden: Any = unseen(forward)
+    hidden.entry = entry
+    return types.MethodType(hidden, entry.module)
 
 
 class Applied:
@@ -123,7 +131,7 @@ class Applied:
     def _recomputed(self, group: Exchange | None) -> Callable[[str, nn.Module], Treatment]:
         if self.policy.variant == "partition":
             assert group is not None
-            return partial(Recomputed, keep=share_with(group))
+            return partial(Recomputed, keep=partial(Parted, group))
         if self.policy.variant == "selective":
             return partial(Recomputed, operators=overloads(self.policy.setting("operators")))
         return Recomputed
@@ -170,8 +178,10 @@ class Applied:
 def release(module: nn.Module) -> None:
     """Take off a module what an earlier run has left on it."""
     for each in module.modules():
-        for entry in [value for value in vars(each).values() if isinstance(value, _Entry)]:
-            entry.remove()
+        for value in list(vars(each).values()):
+            entry = getattr(getattr(value, "__func__", None), "entry", None)
+            if isinstance(entry, _Entry):
+                entry.remove()
 
 
 def check_fit(module: nn.Module, policy: Activation, units: blocks.Choice) -> list[str]:

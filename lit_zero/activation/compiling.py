@@ -19,16 +19,14 @@ UNTRACED = "lit_zero decides what becomes of the tensors that a block saves"  # 
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
+# Who watches the frames of this thread. As it is, since a function of our own would be watched.
+watcher: Callable[[], Any] = _dynamo.eval_frame.get_eval_frame_callback
+
 
 def unseen(function: _F) -> _F:
     """Let nobody look at a function; what it calls is looked at."""
     hidden: _F = torch.compiler.disable(skip(function), recursive=False, reason=UNTRACED)
     return hidden
-
-
-def watcher() -> Any:
-    """Return who watches the frames of this thread."""
-    return _dynamo.eval_frame.get_eval_frame_callback()
 
 
 def watched(by: Any, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

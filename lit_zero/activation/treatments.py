@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -193,9 +192,3 @@ def storage_bytes(tensors: list[torch.Tensor]) -> int:
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
 
-
-def share_with(group: Any) -> Callable[[Call, str], Any]:
-    """Return what keeps of arguments this rank's part; see ``partition``."""
-    from lit_zero.activation.partition import Parted
-
-    return partial(Parted, group)

@@ -33,7 +33,7 @@ class Activations:
     def __init__(self, activation: str | Activation) -> None:
         given = Activation(activation) if isinstance(activation, str) else activation
         self.policy: Activation = instance("activation", given, Activation)
-        self._applied: weakref.WeakSet[Applied] = weakref.WeakSet()  # the blocks hold them
+        self._applied: list[weakref.ref[Applied]] = []  # the blocks hold them
         self._groups: list[Exchange] = []
 
     def groups(self, data_groups: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -65,11 +65,14 @@ class Activations:
             group = open_exchange(strategy.comm, device, None, strategy.timeout, groups, large=False)
             self._groups.append(group)
         applied = Applied(module, self.policy, strategy.zero.units, device, group)
-        self._applied.add(applied)
+        self._applied.append(weakref.ref(applied))
 
-    def of(self, module: nn.Module) -> Applied:
-        """Return what is at work on a module."""
-        return next(each for each in self._applied if each.module is module)
+    def of(self, module: nn.Module) -> Applied | None:
+        """Return what is at work on a module, if anything is."""
+        return next((each for each in self._alive() if each.module is module), None)
+
+    def _alive(self) -> list[Applied]:
+        return [applied for held in self._applied if (applied := held()) is not None]
 
     def backward_begins(self, peers: Exchange, crowd: tuple[int, int] = (1, 1)) -> None:
         """Choose, where the first step's forward has to be seen before; no weight has been changed yet.
@@ -78,12 +81,12 @@ class Activations:
             peers: ranks that run the same blocks.
             crowd: see ``OnePiece.crowd``.
         """
-        for applied in list(self._applied):
+        for applied in self._alive():
             applied.step_is_over(peers, *crowd)
 
     def remove(self) -> None:
         """Leave the modules as they were."""
-        for applied in list(self._applied):
+        for applied in self._alive():
             applied.remove()
         for group in self._groups:
             group.close()
