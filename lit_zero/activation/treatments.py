@@ -191,4 +191,3 @@ def storage_bytes(tensors: list[torch.Tensor]) -> int:
     """Return the bytes of memory behind tensors; what several share counts once."""
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
-

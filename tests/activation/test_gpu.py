@@ -1,4 +1,4 @@
-"""On CUDA: copies on a stream of their own give the same bits, free the device's memory, and overlap the computation."""
+"""On CUDA: copies on a stream of their own give the same bits, free device memory, and overlap the computation."""
 
 from __future__ import annotations
 

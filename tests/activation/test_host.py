@@ -31,7 +31,9 @@ def test_what_was_moved_last_comes_back_first_within_the_limit() -> None:
     assert [each.tensor is not None for each in (*first, *second)] == [False, False, True, True, False]
     assert host.ahead == 80
     host.take(second[1])
-    assert [each.tensor is not None for each in (*first, *second)] == [False, True, True, False, False], "the call before"
+    assert [each.tensor is not None for each in (*first, *second)] == [False, True, True, False, False], (
+        "the call before"
+    )
     for each in (second[0], first[1], first[0]):
         host.take(each)
     assert host.ahead == 0

@@ -229,7 +229,7 @@ def test_a_budget_that_nothing_fits_ends_the_run_before_a_weight_changes(ranks: 
 
 
 class Unstepped(LitDropGPT):
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
         raise AssertionError("a weight would be changed")
 
 
