@@ -28,6 +28,7 @@ from lit_zero.comm.policy import Comm
 from lit_zero.core.errors import ConfigError, LitZeroError, UnsupportedError
 from lit_zero.precision.policy import Lowering, Precision
 from lit_zero.strategy import fabric_checkpoints
+from lit_zero.strategy.activations import Activations
 from lit_zero.strategy.fabric_checkpoints import Managed, ManagedModule
 from lit_zero.strategy.flavour import (
     _BackwardSyncControl,
@@ -102,9 +103,8 @@ class FabricZeroStrategy(Ranked, fabric_strategies.ParallelStrategy):
             if value != default:
                 raise UnsupportedError(f"{name}={value!r} has no effect in Fabric: {advice}. Leave it out.")
         super().__init__(**kwargs)
-        self._settle(
-            zero, precision, comm, activation, checkpoint, nonfinite_loss, "error", timeout, process_group_backend
-        )
+        self._settle(zero, precision, comm, checkpoint, nonfinite_loss, "error", timeout, process_group_backend)
+        self.activations = Activations(activation)
         self._managed = Managed()
         self._backward_sync_control = _NoReduce(self._managed)
         if self._checkpoint_io is not None:

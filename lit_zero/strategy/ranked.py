@@ -36,6 +36,7 @@ class Ranked(_Base):
 
     Attributes:
         data_parallel_size: ranks over which batches are divided.
+        activations: the user's choice of what lives between forward and backward, at work.
     """
 
     _num_nodes = 1
@@ -45,7 +46,6 @@ class Ranked(_Base):
         zero: str | Zero,
         precision: Precision | None,
         comm: Comm | None,
-        activation: str | Activation,
         checkpoint: str | Checkpoint,
         nonfinite_loss: str,
         nonfinite_norm: str,
@@ -56,7 +56,6 @@ class Ranked(_Base):
         self.zero = Zero(zero) if isinstance(zero, str) else instance("zero", zero, Zero)
         self.precision_policy = instance("precision", precision or Precision(), Precision)
         self.comm = instance("comm", comm or Comm(), Comm)
-        self.activations = Activations(activation)
         self.checkpoint_policy = (
             Checkpoint(checkpoint) if isinstance(checkpoint, str) else instance("checkpoint", checkpoint, Checkpoint)
         )

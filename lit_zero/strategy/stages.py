@@ -32,6 +32,7 @@ from lit_zero.comm.open import open_exchange
 from lit_zero.comm.transport import Transport
 from lit_zero.core.errors import ConfigError, UnsupportedError
 from lit_zero.core.holding import Holding
+from lit_zero.pipeline.actions import Compute
 from lit_zero.pipeline.lowering import lower
 from lit_zero.pipeline.micro_batches import MicroBatches, cut
 from lit_zero.pipeline.plan import SplitPlan
@@ -97,9 +98,10 @@ class Stages(Dividing):
     @property
     def crowd(self) -> tuple[int, int]:  # type: ignore[override]
         """Micro-batches of the last training step, and how many of one stage were alive at a time on this rank."""
-        order = self.schedule(True, self._ran).orders[self._position]
-        alive = [in_flight(each for each in order if each.stage == stage).held for stage in {e.stage for e in order}]
-        return self._ran, max(alive)
+        alive: dict[int, list[Compute]] = {}
+        for action in self.schedule(True, self._ran).orders[self._position]:
+            alive.setdefault(action.stage, []).append(action)
+        return self._ran, max(in_flight(actions).held for actions in alive.values())
 
     @property
     def _position(self) -> int:

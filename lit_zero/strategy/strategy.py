@@ -20,6 +20,7 @@ from lit_zero.comm.roll_call import RollCall
 from lit_zero.core.errors import ConfigError, LitZeroError, check_choice
 from lit_zero.pipeline.policy import Pipeline
 from lit_zero.precision.policy import Lowering, Precision
+from lit_zero.strategy.activations import Activations
 from lit_zero.strategy.arguments import instance
 from lit_zero.strategy.averaging import StochasticOnShards, WeightAveragingOnShards
 from lit_zero.strategy.becoming import BecomesFabric
@@ -108,17 +109,8 @@ class ZeroStrategy(BecomesFabric, Loading, Piping):
         self._remember(locals())
         new_job()
         super().__init__(evaluation, **kwargs)
-        self._settle(
-            zero,
-            precision,
-            comm,
-            activation,
-            checkpoint,
-            nonfinite_loss,
-            nonfinite_norm,
-            timeout,
-            process_group_backend,
-        )
+        self._settle(zero, precision, comm, checkpoint, nonfinite_loss, nonfinite_norm, timeout, process_group_backend)
+        self.activations = Activations(activation)
         check_choice("start_method", start_method, ("popen", "spawn", "fork", "forkserver"))
         self._start_method = start_method
         self._open_stages(Pipeline(pipeline) if isinstance(pipeline, str) else instance("pipeline", pipeline, Pipeline))

@@ -39,7 +39,7 @@ def test_what_was_moved_last_comes_back_first_within_the_limit() -> None:
     assert host.ahead == 0
     assert host.take(second[2])[0] == 2, "a graph that is kept asks again"
     assert [each.tensor for each in (*first, *second)] == [None] * 5, "and what has been taken is not brought again"
-    del first, second
+    del first, second, each
     assert host.held == 0
 
 

@@ -219,7 +219,7 @@ def test_in_a_pipeline_a_block_is_computed_again_once(ranks: Any, schedule: str,
 
 
 def test_a_budget_that_nothing_fits_ends_the_run_before_a_weight_changes(ranks: Any, tmp_path: Path) -> None:
-    for pipeline in ("none", Pipeline("1f1b", stages=2, micro_batches=4)):
+    for pipeline in (Pipeline(), Pipeline("1f1b", stages=2, micro_batches=4)):
         zero = {"zero": "stage2", "activation": Activation("budget", budget=1000), "pipeline": pipeline}
         fit = Fit(zero, 2, module=Unstepped, arguments={"layers": 4}, epochs=1)
         with pytest.raises(RankFailure) as caught:
