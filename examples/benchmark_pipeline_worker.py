@@ -83,9 +83,9 @@ def batches(turn: PipelineTurn) -> DataLoader[Any]:
     """Return tokens and targets of every step, the same on every rank."""
     generator = torch.Generator().manual_seed(1000)
     rows = turn.rows * (turn.warmup + turn.steps)
-    # Squared, so that small token numbers are more frequent and there is something to learn.
-    numbers = torch.rand((rows, turn.model["block_size"] + 1), generator=generator).square()
-    window = (numbers * turn.model["vocab_size"]).long()
+    # Counting up from a random number, so that there is something to learn.
+    first = torch.randint(0, turn.model["vocab_size"], (rows, 1), generator=generator)
+    window = (first + torch.arange(turn.model["block_size"] + 1)) % turn.model["vocab_size"]
     return DataLoader(TensorDataset(window[:, :-1], window[:, 1:]), turn.rows)
 
 

@@ -4,11 +4,17 @@
 A port belongs to whoever takes it first. If that is another job, rank 0 fails, and torch's own rendezvous would let
 the other ranks join that job: they would wait in it for half an hour, and could take the place of its ranks. So rank 0
 leaves the job's name in the store, and the others compare it before they write anything.
+
+[Note: listening early]
+A launcher picks a free port, then starts the ranks, which takes seconds, and only then rank 0 listens: by that time any
+program of the machine may hold the port, if only for a connection of its own. So the launcher listens at once
+(:func:`hold_port`), and the store takes over its socket.
 """
 
 from __future__ import annotations
 
 import os
+import socket
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -17,6 +23,37 @@ from lit_zero.core.errors import ConfigError, LitZeroError
 
 JOB = "LIT_ZERO_JOB"  # the job's name, set by launchers that start all of its ranks; others have SLURM's
 _KEY = "lit_zero/job"
+_held: dict[int, socket.socket] = {}  # by port, until the store takes them over
+
+
+def hold_port(port: int) -> socket.socket | None:
+    """Listen on ``port`` of this machine for the store that this process, or one it starts, will open there.
+
+    Returns:
+        The socket, to be handed to another process and taken there by :func:`take_port`; ``None`` if ``port`` is taken,
+        which may be by a process group of this process, and is otherwise found by :func:`open_store`.
+    """
+    both = socket.has_dualstack_ipv6()
+    try:
+        listener = socket.create_server(
+            ("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both
+        )
+    except OSError:
+        return None
+    take_port(listener)
+    return listener
+
+
+def take_port(listener: socket.socket) -> None:
+    """Hold what another process holds: ``listener``, from :func:`hold_port`."""
+    _held[listener.getsockname()[1]] = listener
+
+
+def let_go_of_port(port: int) -> None:
+    """Listen no longer on ``port``, if no store has taken it over."""
+    listener = _held.pop(port, None)
+    if listener is not None:
+        listener.close()
 
 
 def open_store(address: str, port: int, rank: int, timeout: timedelta) -> dist.Store:
@@ -33,6 +70,7 @@ def open_store(address: str, port: int, rank: int, timeout: timedelta) -> dist.S
         LitZeroError: if rank 0 does not come.
     """
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun listens, for all ranks
+    listener = _held.pop(port, None) if rank == 0 and not agent else None
     try:
         store = dist.TCPStore(
             address,
@@ -41,6 +79,7 @@ def open_store(address: str, port: int, rank: int, timeout: timedelta) -> dist.S
             timeout=timeout,
             wait_for_workers=False,  # their arrival would be counted by the job that listens, whichever it is
             multi_tenant=True,
+            master_listen_fd=None if listener is None else listener.detach(),
         )
     except dist.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_map
 
 from lit_zero.core.errors import LitZeroError
 
@@ -46,6 +46,13 @@ class Message:
     key: Hashable
     tensors: list[torch.Tensor]
     note: Any = None
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Stands where a tensor of the message belongs."""
+
+    number: int
 
 
 @dataclass
@@ -167,17 +174,21 @@ class Transport:
         if self.position != source:
             self.post(key, source)
             message = self.wait(key)
-            leaves, spec, places = message.note
-            for place, tensor in zip(places, message.tensors, strict=True):
-                leaves[place] = tensor
-            return tree_unflatten(leaves, spec)
-        leaves, spec = tree_flatten(value)
-        places = [number for number, leaf in enumerate(leaves) if _is_plain(leaf)]
-        tensors = [leaves[place].detach().clone() for place in places]  # the user's code may write to its own
-        rest = [None if number in places else leaf for number, leaf in enumerate(leaves)]
+            return tree_map(
+                lambda leaf: message.tensors[leaf.number] if isinstance(leaf, _Place) else leaf, message.note
+            )
+        tensors: list[torch.Tensor] = []
+
+        def put_aside(leaf: Any) -> Any:
+            if not _is_plain(leaf):
+                return leaf
+            tensors.append(leaf.detach().clone())  # the user's code may write to its own
+            return _Place(len(tensors) - 1)
+
+        rest = tree_map(put_aside, value)
         for position in range(self.size):
             if position != source:
-                self.send(Message(key, tensors, (rest, spec, places)), position, counted=False)
+                self.send(Message(key, tensors, rest), position, counted=False)
         return value
 
     def gather(self, value: Any) -> list[Any]:

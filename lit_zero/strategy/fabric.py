@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, Literal
@@ -25,7 +24,7 @@ from lit_zero.checkpoint.policy import Checkpoint
 from lit_zero.comm.batch_norm import serve_the_cpu
 from lit_zero.comm.open import open_exchange
 from lit_zero.comm.policy import Comm
-from lit_zero.core.errors import ConfigError, LitZeroError, UnsupportedError
+from lit_zero.core.errors import LitZeroError, UnsupportedError
 from lit_zero.precision.policy import Lowering, Precision
 from lit_zero.strategy import fabric_checkpoints
 from lit_zero.strategy.activations import Activations
@@ -41,12 +40,15 @@ from lit_zero.strategy.layers import refuse_max_norm, refuse_sparse_optimizers
 from lit_zero.strategy.precision import agreeing_scaler, lowered_dtype
 from lit_zero.strategy.processes import choose_launcher
 from lit_zero.strategy.ranked import Ranked
-from lit_zero.strategy.refusals import refuse_tensors_without_memory
+from lit_zero.strategy.refusals import (
+    refuse_checkpoint_plugin,
+    refuse_storage_options,
+    refuse_tensors_without_memory,
+)
 from lit_zero.zero.access import Access
-from lit_zero.zero.binding import Binding
 from lit_zero.zero.engine import Engine
-from lit_zero.zero.norms import grad_norm, scale_to_norm
-from lit_zero.zero.policy import Placement, Zero
+from lit_zero.zero.norms import scale_to_norm
+from lit_zero.zero.policy import Zero
 
 _OF_A_TRAINER = {
     "evaluation": ("once", "Fabric's loops are the user's own"),
@@ -141,10 +143,7 @@ class FabricZeroStrategy(Ranked, fabric_strategies.ParallelStrategy):
 
     @checkpoint_io.setter
     def checkpoint_io(self, plugin: Any) -> None:
-        raise UnsupportedError(
-            f"The plugin {type(plugin).__name__} has no effect: ZeroStrategy writes checkpoints itself, from all "
-            "ranks. Remove it from Fabric(plugins=...)."
-        )
+        refuse_checkpoint_plugin(plugin, "Fabric")
 
     def _set_world_ranks(self) -> None:
         self.set_world_ranks()
@@ -159,7 +158,7 @@ class FabricZeroStrategy(Ranked, fabric_strategies.ParallelStrategy):
         """Where ``fabric.init_module`` builds: on the meta device if parameters are sharded, so that no rank ever
         holds the full model. ``fabric.setup`` then initialises it, module by module.
         """
-        if self.zero.row.over(self.data_parallel_size).parameter is Placement.SHARD and empty_init is not False:
+        if self.builds_on_meta(empty_init):
             with torch.device("meta"), self.precision.module_init_context():
                 yield
         else:
@@ -194,12 +193,12 @@ class FabricZeroStrategy(Ranked, fabric_strategies.ParallelStrategy):
         )
 
     def _manage(self, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> ManagedModule:
-        previous = Engine.of(module)
-        if previous is not None:  # of another Fabric
-            previous.detach()
         self._managed.refuse_shared(module)
         refuse_max_norm(module, self.data_parallel_size)
         refuse_sparse_optimizers(optimizers)
+        previous = Engine.of(module)
+        if previous is not None:  # of another Fabric
+            previous.detach()
         serve_the_cpu(module)
         self.activations.apply(self, module, [list(range(self.world_size))])
         lowering = Lowering(self.precision_policy, lowered_dtype(self.precision))
@@ -225,13 +224,8 @@ class FabricZeroStrategy(Ranked, fabric_strategies.ParallelStrategy):
         self, tensor: torch.Tensor, module: nn.Module | None, *args: Any, **kwargs: Any
     ) -> None:
         """Run a backward and leave the reduced gradients with the optimizers [Note: whose backward]."""
-        if self._nonfinite_loss == "error" and getattr(self.precision, "scaler", None) is None and tensor.numel() == 1:
-            value = float(tensor.detach())
-            if not math.isfinite(value):
-                raise LitZeroError(
-                    f"The loss is {value} on rank {self.global_rank}. No weight has been changed by it. Set "
-                    "nonfinite_loss='ignore' in ZeroStrategy to train on."
-                )
+        if tensor.numel() == 1:
+            self.refuse_loss(tensor, self.precision)
         if module is not None:
             taking_part = [self._managed.of(module).engine]
         else:
@@ -277,27 +271,22 @@ class FabricZeroStrategy(Ranked, fabric_strategies.ParallelStrategy):
         Raises:
             NonfiniteNormError: if the norm is NaN or infinite, unless ``error_if_nonfinite`` is false.
         """
-        engine, binding = self._bound(optimizer)
+        engine = self._managed.of_optimizer(optimizer)[0].engine
         self.precision.unscale_gradients(optimizer)
-        norm = grad_norm([binding], engine.exchange, engine.device, float(norm_type))
+        norm = engine.grad_norm(float(norm_type), optimizer)
         if error_if_nonfinite and not bool(norm.isfinite()):
             raise NonfiniteNormError(
                 f"The total norm of order {float(norm_type)} of the gradients is non-finite ({norm.item()}), so they "
                 "cannot be clipped. Set error_if_nonfinite=False to scale the gradients by it anyway."
             )
-        scale_to_norm([binding], norm, max_norm)
+        scale_to_norm(engine.bindings_of(optimizer), norm, max_norm)
         return norm
 
     def clip_gradients_value(self, module: nn.Module, optimizer: torch.optim.Optimizer, clip_val: float) -> None:
         """Clamp every element of the optimizer's gradients to ``[-clip_val, clip_val]``."""
-        _, binding = self._bound(optimizer)
+        engine = self._managed.of_optimizer(optimizer)[0].engine
         self.precision.unscale_gradients(optimizer)
-        for grad in binding.grads():
-            grad.clamp_(-clip_val, clip_val)
-
-    def _bound(self, optimizer: torch.optim.Optimizer) -> tuple[Engine, Binding]:
-        each, number = self._managed.of_optimizer(optimizer)
-        return each.engine, each.engine.bindings[number]
+        engine.clip_grad_value(clip_val, optimizer)
 
     # ---- collectives (all_gather is Lightning's own)
 
@@ -326,11 +315,7 @@ class FabricZeroStrategy(Ranked, fabric_strategies.ParallelStrategy):
         filter: dict[str, Callable[[str, Any], bool]] | None = None,
     ) -> None:
         """Write a checkpoint. All ranks must call this."""
-        if storage_options is not None:
-            raise ConfigError(
-                f"storage_options={storage_options!r} has no effect: ZeroStrategy writes checkpoints to file systems "
-                "itself. Remove it."
-            )
+        refuse_storage_options(storage_options)
         fabric_checkpoints.save(path, state, filter or {}, self._managed, self.checkpoint_policy)
 
     def load_checkpoint(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -26,6 +26,7 @@ from lit_zero.strategy.flavour import _apply_filter, _validate_keys_for_strict_l
 from lit_zero.zero.calls import UNTRACED
 from lit_zero.zero.engine import Engine
 
+Found = TypeVar("Found")
 Filter = Mapping[str, Callable[[str, Any], bool]]
 
 _ADVICE = (
@@ -117,13 +118,7 @@ class Managed:
         Raises:
             LitZeroError: if Fabric has not set it up.
         """
-        found = self.find(module)
-        if found is None:
-            raise LitZeroError(
-                f"{type(module).__name__} has not been set up with this strategy: call fabric.setup(model, optimizer) "
-                "or fabric.setup_module(model) first."
-            )
-        return found
+        return _set_up(self.find(module), module, "fabric.setup_module(model)")
 
     def find_optimizer(self, optimizer: Any) -> tuple[ManagedModule, int] | None:
         """Return an optimizer's module and its number there, ``None`` if it is not managed."""
@@ -139,13 +134,16 @@ class Managed:
         Raises:
             LitZeroError: if Fabric has not set it up.
         """
-        found = self.find_optimizer(optimizer)
-        if found is None:
-            raise LitZeroError(
-                f"{type(optimizer).__name__} has not been set up with this strategy: call fabric.setup(model, "
-                "optimizer) or fabric.setup_optimizers(optimizer) first."
-            )
-        return found
+        return _set_up(self.find_optimizer(optimizer), optimizer, "fabric.setup_optimizers(optimizer)")
+
+
+def _set_up(found: Found | None, wanted: Any, call: str) -> Found:
+    if found is None:
+        raise LitZeroError(
+            f"{type(wanted).__name__} has not been set up with this strategy: call fabric.setup(model, optimizer) or "
+            f"{call} first."
+        )
+    return found
 
 
 def save(path: Any, state: Mapping[str, Any], filters: Filter, managed: Managed, policy: Checkpoint) -> None:

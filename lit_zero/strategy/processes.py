@@ -16,6 +16,7 @@ import multiprocessing.connection
 import os
 import pickle
 import shutil
+import socket
 import sys
 import tempfile
 import time
@@ -139,10 +140,12 @@ class ProcessLauncher(_MultiProcessingLauncher):
         self._refuse_what_cannot_be_handed_over(trainer)
         self._folder = Path(tempfile.mkdtemp(prefix="lit_zero-"))
         # One port for all ranks, chosen here, and no longer: the next job may find it taken.
-        port = str(self._strategy.cluster_environment.main_port)
+        port = self._strategy.cluster_environment.main_port
+        listener = meeting.hold_port(port)  # see [Note: listening early]
         try:
-            with _environment(MASTER_PORT=port, **{meeting.JOB: uuid.uuid4().hex}):
-                self.procs = self._start(trainer, function, args, kwargs)
+            with _environment(MASTER_PORT=str(port), **{meeting.JOB: uuid.uuid4().hex}):
+                self.procs = self._start(listener, trainer, function, args, kwargs)
+                meeting.let_go_of_port(port)  # rank 0 has it
                 self._wait()
             output: Any = torch.load(self._folder / "output", weights_only=False)
             if trainer is None:
@@ -151,6 +154,7 @@ class ProcessLauncher(_MultiProcessingLauncher):
             self._recover_results_in_main_process(output, trainer)
             return output.results
         finally:
+            meeting.let_go_of_port(port)
             _kill(self.procs)
             self.procs = []
             shutil.rmtree(self._folder, ignore_errors=True)
@@ -180,14 +184,14 @@ class ProcessLauncher(_MultiProcessingLauncher):
                 "others. Make a new one, and load its weights from a checkpoint if they are needed."
             )
 
-    def _start(self, trainer: Any, function: Any, args: Any, kwargs: Any) -> list[Any]:
+    def _start(self, listener: socket.socket | None, trainer: Any, function: Any, args: Any, kwargs: Any) -> list[Any]:
         context: Any = torch.multiprocessing.get_context(self._start_method)
         # Random states and the like: a forked process has them already.
         states = _GlobalStateSnapshot.capture() if self._start_method != "fork" else None
         started: list[Any] = []
         try:
             for rank in range(self._strategy.num_processes):
-                arguments = (rank, trainer, function, args, kwargs, states)
+                arguments = (rank, listener if rank == 0 else None, trainer, function, args, kwargs, states)
                 process = context.Process(target=self._be_rank, args=arguments, name=f"rank {rank}")
                 process.start()
                 started.append(process)
@@ -233,7 +237,20 @@ class ProcessLauncher(_MultiProcessingLauncher):
 
     # ---- in a rank
 
-    def _be_rank(self, rank: int, trainer: Any, function: Any, args: Any, kwargs: Any, states: Any) -> None:
+    def _be_rank(
+        self,
+        rank: int,
+        listener: socket.socket | None,
+        trainer: Any,
+        function: Any,
+        args: Any,
+        kwargs: Any,
+        states: Any,
+    ) -> None:
+        if listener is not None:
+            meeting.take_port(listener)
+        elif self._start_method == "fork":
+            meeting.let_go_of_port(int(os.environ["MASTER_PORT"]))  # a copy, with which rank 0's end would go unnoticed
         if self._start_method != "fork":
             _unshare(trainer.lightning_module if trainer is not None else None)
         elif self._strategy.root_device.type == "cpu":

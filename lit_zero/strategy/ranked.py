@@ -6,6 +6,7 @@ and what ``Ranked`` says then holds for both.
 
 from __future__ import annotations
 
+import math
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from lit_zero.strategy.activations import Activations
 from lit_zero.strategy.arguments import duration, instance
 from lit_zero.strategy.flavour import _init_dist_connection, fabric_rank_zero_only, rank_zero_only, reset_seed
 from lit_zero.strategy.refusals import refuse_other_size, refuse_surplus_rank
-from lit_zero.zero.policy import Zero
+from lit_zero.zero.policy import Placement, Zero
 
 if TYPE_CHECKING:
     from typing import Any as _Base
@@ -40,6 +41,7 @@ class Ranked(_Base):
     """
 
     _num_nodes = 1
+    activations: Activations
 
     def _settle(
         self,
@@ -66,6 +68,33 @@ class Ranked(_Base):
         if backend is not None:
             check_choice("process_group_backend", backend, ("gloo", "nccl", "cpu:gloo,cuda:nccl"))
         self.backend = backend
+
+    def builds_on_meta(self, empty_init: bool | None) -> bool:
+        """Return whether modules are built on the meta device: if parameters are sharded, no rank ever holds the full
+        model.
+        """
+        return self.zero.row.over(self.data_parallel_size).parameter is Placement.SHARD and empty_init is not False
+
+    def refuse_loss(self, loss: torch.Tensor, plugin: Any, when: str = "", then: str = "") -> None:
+        """Stop before a loss that is no number reaches a weight, unless the user wants it or a loss scaler sees to it.
+
+        Args:
+            loss: one number.
+            plugin: the precision plugin.
+            when: further words on where it came, for the message.
+            then: further words on what is left.
+
+        Raises:
+            LitZeroError: if it is NaN or infinite.
+        """
+        if self._nonfinite_loss == "ignore" or getattr(plugin, "scaler", None) is not None:
+            return
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise LitZeroError(
+                f"The loss is {value} on rank {self.global_rank}{when}. No weight has been changed by it{then}. Set "
+                "nonfinite_loss='ignore' in ZeroStrategy to train on."
+            )
 
     @property
     def activation(self) -> Activation:

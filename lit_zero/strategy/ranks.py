@@ -162,6 +162,7 @@ class Leader:
         self.job = jobs.current_job()
         self.alone = False
         self._folder = Path()  # where the other ranks leave word
+        self._port = 0  # where the ranks meet
         self._before: dict[str, str | None] = {}  # environment variables that we changed, as they were
         self._ranks: dict[int, subprocess.Popen[bytes]] = {}
         self._since = 0.0  # when the last run() began, in seconds since the epoch
@@ -192,6 +193,9 @@ class Leader:
         self._set("NODE_RANK", str(environment.node_rank()))
         self._set("WORLD_SIZE", str(num_processes * num_nodes))
         self._set("LOCAL_RANK", str(environment.local_rank()))
+        self._port = environment.main_port
+        if environment.node_rank() == 0:
+            meeting.hold_port(self._port)  # see [Note: listening early]
         if num_nodes == 1:  # else other leaders start ranks too, and have not heard of each other
             self._set(meeting.JOB, uuid.uuid4().hex)
         if num_processes == 1:
@@ -269,6 +273,7 @@ class Leader:
             return
         self._closed.set()
         atexit.unregister(self.close)
+        meeting.let_go_of_port(self._port)
         if not self._failed:
             self._wait(NOTICE_SECONDS)
         # Ranks that still wait for this one notice that it leaves. In a thread, because leaving may itself wait for a

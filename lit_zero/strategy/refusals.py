@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -12,7 +12,6 @@ from torch import nn
 from lit_zero.core.errors import ConfigError, UnsupportedError, check_local
 from lit_zero.strategy.flavour import TorchCheckpointIO
 
-# They copy the whole module, or write to single parameters, in ways that shards do not see.
 _SAME_DEVICES = (
     "Give every Trainer of a script the same devices and num_nodes, or train with another number in a script of its "
     "own."
@@ -27,15 +26,41 @@ def refuse_unsupported(trainer: Any) -> None:
     """
     plugin = trainer.strategy.checkpoint_io
     if type(plugin) is not TorchCheckpointIO:
-        raise UnsupportedError(
-            f"The plugin {type(plugin).__name__} has no effect: ZeroStrategy writes checkpoints itself, from all "
-            "ranks. Remove it from Trainer(plugins=...)."
-        )
+        refuse_checkpoint_plugin(plugin, "Trainer")
     for callback in trainer.callbacks:
         if is_a(callback, "Checkpoint") and getattr(callback, "dirpath", None) is not None:
             check_local(
                 f"{type(callback).__name__}.dirpath (by default below Trainer.default_root_dir)", callback.dirpath
             )
+
+
+def refuse_checkpoint_plugin(plugin: Any, where: str) -> NoReturn:
+    """Refuse a plugin that would write checkpoints.
+
+    Args:
+        plugin: what the user has given.
+        where: to what: ``Trainer`` or ``Fabric``.
+
+    Raises:
+        UnsupportedError: always.
+    """
+    raise UnsupportedError(
+        f"The plugin {type(plugin).__name__} has no effect: ZeroStrategy writes checkpoints itself, from all ranks. "
+        f"Remove it from {where}(plugins=...)."
+    )
+
+
+def refuse_storage_options(options: Any) -> None:
+    """Refuse options for another writer of checkpoints.
+
+    Raises:
+        ConfigError: unless ``options`` is ``None``.
+    """
+    if options is not None:
+        raise ConfigError(
+            f"storage_options={options!r} has no effect: ZeroStrategy writes checkpoints to file systems itself. "
+            "Remove it."
+        )
 
 
 def refuse_other_devices(kind: str, backend: str | None) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import sys
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
@@ -17,7 +16,7 @@ from lit_zero.comm.batch_norm import serve_the_cpu
 from lit_zero.comm.open import open_exchange
 from lit_zero.comm.policy import Comm
 from lit_zero.comm.roll_call import RollCall
-from lit_zero.core.errors import ConfigError, LitZeroError, check_choice
+from lit_zero.core.errors import LitZeroError, check_choice
 from lit_zero.pipeline.policy import Pipeline
 from lit_zero.precision.policy import Lowering, Precision
 from lit_zero.strategy.activations import Activations
@@ -39,12 +38,13 @@ from lit_zero.strategy.processes import choose_launcher
 from lit_zero.strategy.pruning import PruningOnShards
 from lit_zero.strategy.refusals import (
     refuse_no_optimizer,
+    refuse_storage_options,
     refuse_tensors_without_memory,
     refuse_unsupported,
 )
 from lit_zero.zero.access import Access
 from lit_zero.zero.engine import Engine
-from lit_zero.zero.policy import Placement, Zero
+from lit_zero.zero.policy import Zero
 from lit_zero.zero.units import plan_units
 
 _CALLBACKS = (WeightAveragingOnShards, StochasticOnShards, PruningOnShards)
@@ -153,7 +153,7 @@ class ZeroStrategy(BecomesFabric, Loading, Piping):
         """Where ``configure_model`` builds: on the meta device if parameters are sharded, so that no rank ever holds
         the full model.
         """
-        if self.zero.row.over(self.data_parallel_size).parameter is Placement.SHARD and empty_init is not False:
+        if self.builds_on_meta(empty_init):
             with torch.device("meta"), self.precision_plugin.tensor_init_context():
                 yield
         else:
@@ -292,17 +292,13 @@ class ZeroStrategy(BecomesFabric, Loading, Piping):
     def pre_backward(self, closure_loss: torch.Tensor) -> None:
         """Stop before a loss that is no number reaches a weight."""
         self.activations.backward_begins(self.engine.exchange, self.stages.crowd)
-        if self._nonfinite_loss == "ignore" or getattr(self.precision_plugin, "scaler", None) is not None:
-            return
-        value = float(closure_loss.detach())
-        if not math.isfinite(value):
-            assert self.lightning_module is not None
-            raise LitZeroError(
-                f"The loss is {value} on rank {self.global_rank} at step {self.lightning_module.global_step}. No "
-                "weight has been changed by it: the last "
-                "checkpoint and the weights are those of the step before. Set nonfinite_loss='ignore' in ZeroStrategy "
-                "to train on."
-            )
+        assert self.lightning_module is not None
+        self.refuse_loss(
+            closure_loss,
+            self.precision_plugin,
+            f" at step {self.lightning_module.global_step}",
+            ": the last checkpoint and the weights are those of the step before",
+        )
 
     @contextlib.contextmanager
     def block_backward_sync(self) -> Iterator[None]:
@@ -372,11 +368,7 @@ class ZeroStrategy(BecomesFabric, Loading, Piping):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """Write a checkpoint. All ranks must call this."""
-        if storage_options is not None:
-            raise ConfigError(
-                f"storage_options={storage_options!r} has no effect: ZeroStrategy writes checkpoints to file systems "
-                "itself. Remove it."
-            )
+        refuse_storage_options(storage_options)
         if not self.together():
             reason = "a rank has failed alone, and saving takes all of them. Earlier checkpoints are unharmed."
             print(

@@ -93,7 +93,7 @@ class Engine(Clipping, Contents):
         ties: Mapping[tuple[int, ...], Exchange] | None = None,
     ) -> None:
         self.model, self.zero, self.exchange, self.device = model, zero, exchange, torch.device(device)
-        self.everyone, self._ties, holding = everyone or exchange, ties or {}, holding or Holding()
+        self.everyone, self.ties, holding = everyone or exchange, ties or {}, holding or Holding()
         self.row = zero.row.over(exchange.size)
         lowering = lowering or Lowering()
         self._handles: list[RemovableHandle] = []
@@ -125,12 +125,12 @@ class Engine(Clipping, Contents):
         ]
         self.root = self.units[0]
         self._position = {name: number for number, name in enumerate(infos)}
-        fill_lanes(model, self.lanes, self.absent, exchange, self._ties, self.device)
-        self.bindings = [self._bind(*each) for each in zip(optimizers, range(len(names)), names, strict=True)]
-        self._in_backward = False
+        fill_lanes(model, self.lanes, self.absent, exchange, self.ties, self.device)
+        shaped = [is_shaped(optimizer, self.row) for optimizer in optimizers]
+        self.bindings = [self._bind(*each) for each in zip(optimizers, range(len(names)), names, shaped, strict=True)]
+        self._in_backward, self._gradient_bytes = False, 0
         self._keep, self._training = keep_gradients, training
         self.buffers = SharedBuffers(model, exchange, self.device)
-        self._gradient_bytes = 0
         self._attached: list[tuple[Binding, set[Lane], set[str]]] = []  # by the last backward
         self._assemble()
         self._handles.append(model.register_forward_pre_hook(self._before_model, prepend=True))
@@ -149,8 +149,7 @@ class Engine(Clipping, Contents):
     def _trainable(self) -> list[Lane]:
         return [lane for lane in self.lanes if lane.trainable]
 
-    def _bind(self, optimizer: torch.optim.Optimizer, number: int, names: list[list[str]]) -> Binding:
-        shaped = is_shaped(optimizer, self.row)
+    def _bind(self, optimizer: torch.optim.Optimizer, number: int, names: list[list[str]], shaped: bool) -> Binding:
         binding = Binding(optimizer, names, number, self._trainable(), shaped, self.absent)
         self._handles.append(optimizer.register_step_post_hook(lambda *_: self._stepped(binding)))
         self._handles.append(optimizer.register_load_state_dict_pre_hook(refuse_whole_state))
@@ -185,9 +184,10 @@ class Engine(Clipping, Contents):
             UnsupportedError: for a parameter that has an optimizer already, or an optimizer that cannot be sharded.
         """
         [groups] = group_names(self.model, [optimizer])
+        shaped = is_shaped(optimizer, self.row)  # which may refuse it: nothing has moved yet
         infos = self.infos
         self._move(number_groups(infos, [*(binding.group_names for binding in self.bindings), groups]))
-        self.bindings.append(self._bind(optimizer, len(self.bindings), groups))
+        self.bindings.append(self._bind(optimizer, len(self.bindings), groups, shaped))
         self._assemble()
 
     def _move(self, changed: Sequence[ParamInfo]) -> None:
@@ -195,8 +195,9 @@ class Engine(Clipping, Contents):
         self._gatherer.settle()
         self._reducer.give_back()
         self._hooks.remove()
+        moving = {id(info) for info in changed}
         for unit in self.units:
-            move(unit, {id(info) for info in changed}, self._build_lanes, self.exchange)
+            move(unit, moving, self._build_lanes, self.exchange)
 
     @torch.compiler.disable(reason=UNTRACED)
     def _before_model(self, *_: Any) -> None:
@@ -231,7 +232,7 @@ class Engine(Clipping, Contents):
             handle.remove()
         self._handles.clear()
         self._hooks.remove()
-        for exchange in {id(each): each for each in (self.exchange, self.everyone, *self._ties.values())}.values():
+        for exchange in {id(each): each for each in (self.exchange, self.everyone, *self.ties.values())}.values():
             exchange.close()
 
     # ---- forward
@@ -285,8 +286,8 @@ class Engine(Clipping, Contents):
         self._in_backward = False
         if not self._reducer.deferred:
             for lane in self._reducer.lanes:
-                if lane.holders in self._ties:
-                    lane.sum_over_holders(self._ties[lane.holders])
+                if lane.holders in self.ties:
+                    lane.sum_over_holders(self.ties[lane.holders])
         for unit in self.units:
             self._gatherer.backward_ends(unit)
             unit.calls = 0

@@ -2,7 +2,8 @@
 
 [Note: settle, write, spread] A gather that is under way reads the very memory that is written to, so it is waited for
 first. Afterwards each rank holds new values of what it owns. Where masters are sharded, the next gather carries them;
-where they are replicated, the ranks exchange their parts at once.
+where they are replicated, the ranks exchange their parts at once. What several stages of a pipeline hold is owned by
+the first of them, and brought to the others.
 """
 
 from __future__ import annotations
@@ -25,12 +26,16 @@ def rewriting(engine: Engine, whole: bool = False) -> Iterator[None]:
 
     Args:
         engine: whose masters.
-        whole: every rank writes the whole of a replicated master, the same on all. Else a rank writes what
-            ``engine.parameter_pieces()`` gives it.
+        whole: every rank writes all that it holds of a master, the same as others that hold it. Else a rank writes
+            what ``engine.parameter_pieces()`` gives it.
     """
     engine.settle()
     with torch.no_grad():
         yield
+    if not whole:
+        for lane in engine.lanes:
+            if lane.holders in engine.ties:
+                engine.ties[lane.holders].broadcast(lane.master)
     if engine.row.optimizer is Placement.REPLICATE and not whole and engine.exchange.size > 1:
         own = [Gather(lane.master, lane.master[lane.start : lane.end]) for lane in engine.lanes]
         engine.exchange.all_gather(own).wait()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import socket
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
 
-from lit_zero.comm.meeting import open_store
+from lit_zero.comm.meeting import hold_port, let_go_of_port, open_store
 from lit_zero.core.errors import ConfigError, LitZeroError
 
 SOON = timedelta(seconds=30)
@@ -93,3 +95,25 @@ def test_torchrun_has_opened_the_store_already(monkeypatch):
     zero, one = (open_store(HOST, agent.port, rank, SOON) for rank in range(2))
     zero.set("from", "zero")
     assert one.get("from") == b"zero"
+
+
+def test_a_port_that_is_held_is_the_jobs_until_its_store_opens(port):
+    listener = hold_port(port)
+    assert listener is not None and hold_port(port) is None
+    with pytest.raises(OSError, match="in use"):
+        socket.create_server((HOST, port))
+    with ThreadPoolExecutor() as pool:
+        one = pool.submit(open_store, HOST, port, 1, SOON)  # before rank 0 has come
+        with pytest.raises(TimeoutError):
+            one.result(timeout=0.2)
+        zero = open_store(HOST, port, 0, SOON)
+        zero.set("from", "zero")
+        assert one.result(timeout=30).get("from") == b"zero"
+    assert listener.fileno() == -1, "the socket is the store's now"
+
+
+def test_a_port_that_is_let_go_of_is_free_again(port):
+    hold_port(port)
+    let_go_of_port(port)
+    let_go_of_port(port)
+    socket.create_server((HOST, port)).close()

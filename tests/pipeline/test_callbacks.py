@@ -16,31 +16,28 @@ from lightning.pytorch.callbacks import (
 )
 
 from tests.callbacks.harness import With, run, run_all
-from tests.callbacks.test_pruning import PrunesBlocks, Untied
-from tests.callbacks.test_stochastic import Epochly
+from tests.callbacks.test_pruning import GLOBAL, LOCAL, PrunesBlocks, Untied
 from tests.pipeline.test_training import piped
 from tests.strategy.harness import STAGES, Fit, LitGPT, Outcome, distance
 
+
+class Epochly(LitGPT):
+    """Its learning rate changes once per epoch, as SWA's does."""
+
+    def configure_optimizers(self) -> Any:
+        found = super().configure_optimizers()
+        found["lr_scheduler"]["interval"] = "epoch"
+        return found
+
+
 EMA = (EMAWeightAveraging, {"decay": 0.8, "update_starting_at_step": 2})
 SWA = (StochasticWeightAveraging, {"swa_lrs": 0.05, "swa_epoch_start": 2, "annealing_epochs": 2})
-GLOBAL = (ModelPruning, {"pruning_fn": "l1_unstructured", "amount": 0.3, "use_lottery_ticket_hypothesis": False})
-LOCAL = (
-    PrunesBlocks,
-    {
-        "pruning_fn": "ln_structured",
-        "use_global_unstructured": False,
-        "pruning_dim": 0,
-        "pruning_norm": 2,
-        "amount": 0.25,
-        "parameter_names": ["weight"],
-    },
-)
 JOBS: dict[str, tuple[Any, Any, int]] = {
     "ema": (EMA, LitGPT, 2),
     "mean": ((WeightAveraging, {}), LitGPT, 2),
     "swa": (SWA, Epochly, 4),
-    "global": (GLOBAL, Untied, 3),
-    "structured": (LOCAL, Untied, 3),
+    "global": ((ModelPruning, GLOBAL), Untied, 3),
+    "structured": ((PrunesBlocks, LOCAL), Untied, 3),
 }
 
 

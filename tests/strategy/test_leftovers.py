@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from pathlib import Path
+
+import torch.distributed as dist
 
 from tests.strategy.harness import STAGES, Fit, train
 
@@ -16,6 +19,10 @@ def fit_and_forget(folder: Path) -> None:
 
 def left() -> tuple[list[str], int, int]:
     """Return our threads, the operating system's threads with gloo's, and the mapped arenas of this process."""
+    dist.barrier()  # gloo starts the threads of this call's own group when it is used
+    patience = time.monotonic() + 10.0
+    while any(thread.name.startswith("lit_zero") for thread in threading.enumerate()) and time.monotonic() < patience:
+        time.sleep(0.05)  # one that has been told to end needs a moment for it
     ours = [thread.name for thread in threading.enumerate() if thread.name.startswith("lit_zero")]
     names = [Path(f"/proc/self/task/{task}/comm").read_text() for task in os.listdir("/proc/self/task")]
     arenas = sum("memfd:lit_zero" in line for line in Path("/proc/self/maps").read_text().splitlines())
