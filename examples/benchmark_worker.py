@@ -217,10 +217,19 @@ class TensorMemory(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         with self._lock:
             self._remember(result)
-            # Over a copy: reading a size can free a storage, whose callback changes the dictionary.
-            alive = [reference() for reference in list(self._live.values())]
-            self.peak = max(self.peak, sum(storage.nbytes() for storage in alive if storage is not None))
+            self.peak = max(self.peak, self.living())
         return result
+
+    def follow(self, tensors: list[Tensor]) -> None:
+        """Count tensors that are there already."""
+        for tensor in tensors:
+            self._remember(tensor.detach())
+
+    def living(self) -> int:
+        """Return the bytes that are alive now."""
+        # Over a copy: reading a size can free a storage, whose callback changes the dictionary.
+        alive = [reference() for reference in list(self._live.values())]
+        return sum(storage.nbytes() for storage in alive if storage is not None)
 
     def _remember(self, result: Any) -> None:
         if isinstance(result, Tensor):

@@ -5,6 +5,7 @@ config groups of ``lit_zero.conf`` with Hydra.
 """
 
 from lit_zero._version import __version__
+from lit_zero.activation import Activation
 from lit_zero.checkpoint import Checkpoint
 from lit_zero.comm import Comm
 from lit_zero.config.search_path import register as _register_search_path
@@ -14,7 +15,17 @@ from lit_zero.strategy import ZeroStrategy, load_pretrained
 from lit_zero.strategy.registry import register as _register_strategies
 from lit_zero.zero import Zero
 
-__all__ = ["Checkpoint", "Comm", "Pipeline", "Precision", "Zero", "ZeroStrategy", "__version__", "load_pretrained"]
+__all__ = [
+    "Activation",
+    "Checkpoint",
+    "Comm",
+    "Pipeline",
+    "Precision",
+    "Zero",
+    "ZeroStrategy",
+    "__version__",
+    "load_pretrained",
+]
 
 _register_strategies()
 _register_search_path()

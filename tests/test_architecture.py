@@ -24,6 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "lit_zero.conf": set(),
     "lit_zero.comm": {"lit_zero.core"},
     "lit_zero.precision": {"lit_zero.core"},
+    "lit_zero.activation": {"lit_zero.core", "lit_zero.comm.exchange"},
     "lit_zero.zero": {
         "lit_zero.core",
         "lit_zero.kernels",
@@ -40,6 +41,7 @@ ALLOWED: dict[str, set[str]] = {
         "lit_zero.zero",
         "lit_zero.checkpoint",
         "lit_zero.pipeline",
+        "lit_zero.activation",
         "lit_zero.config.jobs",  # the command line that a rank is launched with depends on the Hydra job it belongs to
         "lit_zero.config.validate",  # one check of the number of processes, for Hydra users and for Trainer users
     },
@@ -53,6 +55,7 @@ ALLOWED: dict[str, set[str]] = {
     "lit_zero.cli": {"lit_zero.core", "lit_zero.checkpoint", "lit_zero.pipeline", "lit_zero._version"},
     "lit_zero": {  # lit_zero/__init__.py, the shop window
         "lit_zero._version",
+        "lit_zero.activation",
         "lit_zero.checkpoint",
         "lit_zero.comm",
         "lit_zero.config.search_path",

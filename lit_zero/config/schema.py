@@ -70,6 +70,56 @@ class PipelineInterleaved(PipelineSchema):
 
 
 @dataclass
+class ActivationNone(Target):
+    """``activation=none``."""
+
+    variant: str = MISSING
+
+
+@dataclass
+class ActivationFull(ActivationNone):
+    """``activation=full``."""
+
+    blocks: Any = MISSING
+
+
+@dataclass
+class ActivationEveryN(ActivationFull):
+    """``activation=every_n``."""
+
+    n: int = MISSING
+
+
+@dataclass
+class ActivationSelective(ActivationFull):
+    """``activation=selective``."""
+
+    operators: list[str] = MISSING
+
+
+@dataclass
+class ActivationOffload(ActivationFull):
+    """``activation=offload``."""
+
+    threshold: int = MISSING
+    in_flight: int = MISSING
+
+
+@dataclass
+class ActivationBudget(ActivationOffload):
+    """``activation=budget``."""
+
+    budget: int | None = MISSING
+
+
+@dataclass
+class ActivationPartition(ActivationFull):
+    """``activation=partition``."""
+
+    ranks: int | None = MISSING
+
+
+@dataclass
 class PrecisionTrue32(Target):
     """``precision=32-true`` and ``precision=64-true``: one dtype everywhere, so nothing to choose."""
 
@@ -203,6 +253,15 @@ class TrainerSchema(Target):
 SCHEMAS: dict[str, dict[str, type]] = {
     "zero": {"none": ZeroNone, "stage1": ZeroSharded, "stage2": ZeroSharded, "stage3": ZeroStage3},
     "pipeline": {"none": PipelineNone, "schedule": PipelineSchema, "interleaved": PipelineInterleaved},
+    "activation": {
+        "none": ActivationNone,
+        "full": ActivationFull,
+        "every_n": ActivationEveryN,
+        "selective": ActivationSelective,
+        "offload": ActivationOffload,
+        "budget": ActivationBudget,
+        "partition": ActivationPartition,
+    },
     "precision": {"32-true": PrecisionTrue32, "16-true": PrecisionTrue16, "mixed": PrecisionMixed},
     "optimizer": {"adam": AdamSchema, "sgd": SGDSchema},
     "scheduler": {"cosine": CosineSchema, "constant": ConstantSchema},

@@ -154,6 +154,7 @@ def _try_model(cfg: DictConfig, strategy: Any) -> None:
         _call("model", model.configure_model)
     if strategy is not None:
         _call("zero", lambda: strategy.check_units(model))
+        _call("activation", lambda: strategy.check_activation(model))
         _call("pipeline", lambda: strategy.check_blocks(model))
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from lit_zero.core.randomness import random_states, set_random_states
 
 _OF_MODULES = set(vars(nn.Module()))  # parameters, buffers, hooks: not what a forward changes
 
@@ -98,23 +98,3 @@ def _copy(value: Any, other: Callable[[torch.Tensor], torch.Tensor]) -> Any:
                 copied[key] = _copy(item, other)
         return copied
     return value
-
-
-def random_states() -> dict[str, Any]:
-    """Return the state of all random generators."""
-    states: dict[str, Any] = {"torch": torch.get_rng_state(), "random": random.getstate()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        states["cuda"] = torch.cuda.get_rng_state_all()
-    if "numpy" in sys.modules:
-        states["numpy"] = sys.modules["numpy"].random.get_state()
-    return states
-
-
-def set_random_states(states: dict[str, Any]) -> None:
-    """Go on from what :func:`random_states` gave."""
-    torch.set_rng_state(states["torch"])
-    random.setstate(states["random"])
-    if "cuda" in states:
-        torch.cuda.set_rng_state_all(states["cuda"])
-    if "numpy" in states:
-        sys.modules["numpy"].random.set_state(states["numpy"])

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from lit_zero.activation.policy import Activation
 from lit_zero.checkpoint.policy import Checkpoint
 from lit_zero.comm.batch_norm import serve_the_cpu
 from lit_zero.comm.open import open_exchange
@@ -26,6 +27,7 @@ from lit_zero.comm.policy import Comm
 from lit_zero.core.errors import LitZeroError, UnsupportedError
 from lit_zero.precision.policy import Lowering, Precision
 from lit_zero.strategy import fabric_checkpoints
+from lit_zero.strategy.activations import Activations
 from lit_zero.strategy.fabric_checkpoints import Managed, ManagedModule
 from lit_zero.strategy.flavour import (
     _BackwardSyncControl,
@@ -69,6 +71,7 @@ class FabricZeroStrategy(Ranked, fabric_strategies.ParallelStrategy):
         zero: as for a Trainer, see :class:`~lit_zero.strategy.strategy.ZeroStrategy`, and so are the others.
         precision: how mixed modes treat parameters and gradients; the mode itself is ``Fabric(precision=...)``.
         comm: how bytes travel.
+        activation: what lives between forward and backward.
         checkpoint: format of what is written.
         nonfinite_loss: what becomes of a loss that is NaN or infinite.
         timeout: seconds, or a timedelta, that a collective waits for a rank that does not come.
@@ -93,6 +96,7 @@ class FabricZeroStrategy(Ranked, fabric_strategies.ParallelStrategy):
         nonfinite_loss: Literal["error", "ignore"] = "error",
         timeout: float | timedelta = 1800.0,
         process_group_backend: str | None = None,
+        activation: str | Activation = "none",
         **kwargs: Any,
     ) -> None:
         new_job()
@@ -102,6 +106,7 @@ class FabricZeroStrategy(Ranked, fabric_strategies.ParallelStrategy):
                 raise UnsupportedError(f"{name}={value!r} has no effect in Fabric: {advice}. Leave it out.")
         super().__init__(**kwargs)
         self._settle(zero, precision, comm, checkpoint, nonfinite_loss, "error", timeout, process_group_backend)
+        self.activations = Activations(activation)
         self._managed = Managed()
         self._backward_sync_control = _NoReduce(self._managed)
         if self._checkpoint_io is not None:
@@ -195,6 +200,7 @@ class FabricZeroStrategy(Ranked, fabric_strategies.ParallelStrategy):
         if previous is not None:  # of another Fabric
             previous.detach()
         serve_the_cpu(module)
+        self.activations.apply(self, module, [list(range(self.world_size))])
         lowering = Lowering(self.precision_policy, lowered_dtype(self.precision))
         engine = Engine(
             module,
@@ -226,6 +232,7 @@ class FabricZeroStrategy(Ranked, fabric_strategies.ParallelStrategy):
             alone = self._managed.alone
             taking_part = [] if alone is None else [alone.engine]
         for engine in taking_part:
+            self.activations.backward_begins(engine.exchange)
             engine.begin_backward(tensor)
         super().backward(tensor, module, *args, **kwargs)
         for engine in taking_part:

@@ -15,12 +15,15 @@ class OnePiece:
     Attributes:
         whole: the module is in one piece.
         in_step: the user's step is running on micro-batches, on this rank alone.
+        crowd: micro-batches that the last training step has run, and how many of them were alive at a time on this
+            rank, at most.
         sent_bytes: of activations and gradients of them, by this rank so far.
     """
 
     whole = True
     in_step = False
     sent_bytes = 0
+    crowd = (1, 1)
 
     def zero(self, zero: Zero) -> Zero:
         """Return the ZeRO stage as it is to be used."""

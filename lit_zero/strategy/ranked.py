@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lit_zero.activation.applied import check_fit
+from lit_zero.activation.policy import Activation
 from lit_zero.checkpoint.policy import Checkpoint
 from lit_zero.comm import process_group
 from lit_zero.comm.meeting import open_store
 from lit_zero.comm.policy import Comm
 from lit_zero.core.errors import LitZeroError, check_choice
 from lit_zero.precision.policy import Precision
+from lit_zero.strategy.activations import Activations
 from lit_zero.strategy.arguments import duration, instance
 from lit_zero.strategy.flavour import _init_dist_connection, fabric_rank_zero_only, rank_zero_only, reset_seed
 from lit_zero.strategy.refusals import refuse_other_size, refuse_surplus_rank
@@ -34,9 +37,11 @@ class Ranked(_Base):
 
     Attributes:
         data_parallel_size: ranks over which batches are divided.
+        activations: the user's choice of what lives between forward and backward, at work.
     """
 
     _num_nodes = 1
+    activations: Activations
 
     def _settle(
         self,
@@ -90,6 +95,19 @@ class Ranked(_Base):
                 f"The loss is {value} on rank {self.global_rank}{when}. No weight has been changed by it{then}. Set "
                 "nonfinite_loss='ignore' in ZeroStrategy to train on."
             )
+
+    @property
+    def activation(self) -> Activation:
+        """The user's choice of what lives between forward and backward."""
+        return self.activations.policy
+
+    def check_activation(self, module: torch.nn.Module) -> None:
+        """Refuse a choice of ``activation`` that does not fit ``module``, which may be on the meta device.
+
+        Raises:
+            ConfigError: naming what is not there.
+        """
+        check_fit(module, self.activation, self.zero.units)
 
     @property
     def root_device(self) -> torch.device:

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader, IterableDataset
 
 from lit_zero.core.errors import UnsupportedError
-from lit_zero.pipeline.isolation import random_states, set_random_states
+from lit_zero.core.randomness import random_states, set_random_states
 from lit_zero.strategy.flavour import TrainerFn, pl
 
 _LOOPS = {

@@ -32,11 +32,12 @@ from lit_zero.comm.open import open_exchange
 from lit_zero.comm.transport import Transport
 from lit_zero.core.errors import ConfigError, UnsupportedError
 from lit_zero.core.holding import Holding
+from lit_zero.pipeline.actions import Compute
 from lit_zero.pipeline.lowering import lower
 from lit_zero.pipeline.micro_batches import MicroBatches, cut
 from lit_zero.pipeline.plan import SplitPlan
 from lit_zero.pipeline.runner import Runner
-from lit_zero.pipeline.schedule import Schedule
+from lit_zero.pipeline.schedule import Schedule, in_flight
 from lit_zero.pipeline.schedules import build, forward_only
 from lit_zero.pipeline.splitting import Split
 from lit_zero.pipeline.timeline import Timeline
@@ -79,6 +80,7 @@ class Stages(Dividing):
         self._orders: dict[tuple[bool, int], Any] = {}
         self._written: set[str] = set()  # buffers that steps write to
         self._looking = False
+        self._ran = 1  # micro-batches of the last training step
         self._trained = False  # the module was divided by what its training step does
         self._kept = False  # gradients were dropped that Lightning has yet to clear
         self._some = False  # training_step has returned a loss since gradients were cleared
@@ -92,6 +94,14 @@ class Stages(Dividing):
     def sent_bytes(self) -> int:  # type: ignore[override]
         """Bytes of activations and gradients of them that this rank has sent so far."""
         return 0 if self._transport is None else self._transport.sent_bytes
+
+    @property
+    def crowd(self) -> tuple[int, int]:  # type: ignore[override]
+        """Micro-batches of the last training step, and how many of one stage were alive at a time on this rank."""
+        alive: dict[int, list[Compute]] = {}
+        for action in self.schedule(True, self._ran).orders[self._position]:
+            alive.setdefault(action.stage, []).append(action)
+        return self._ran, max(in_flight(actions).held for actions in alive.values())
 
     @property
     def _position(self) -> int:
@@ -208,6 +218,7 @@ class Stages(Dividing):
         micro = MicroBatches([batch], [1]) if alone else self._micro_batches(batch)
         self._runner.timeline = [] if self.timed else None
         key = training, len(micro.parts)
+        self._ran = len(micro.parts) if training else self._ran
         if key not in self._orders:
             self._orders[key] = lower(self.schedule(*key))
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 
+from lit_zero.activation.policy import Activation
 from lit_zero.checkpoint.policy import Checkpoint
 from lit_zero.comm.batch_norm import serve_the_cpu
 from lit_zero.comm.open import open_exchange
@@ -18,6 +19,7 @@ from lit_zero.comm.roll_call import RollCall
 from lit_zero.core.errors import LitZeroError, check_choice
 from lit_zero.pipeline.policy import Pipeline
 from lit_zero.precision.policy import Lowering, Precision
+from lit_zero.strategy.activations import Activations
 from lit_zero.strategy.arguments import instance
 from lit_zero.strategy.averaging import StochasticOnShards, WeightAveragingOnShards
 from lit_zero.strategy.becoming import BecomesFabric
@@ -63,6 +65,8 @@ class ZeroStrategy(BecomesFabric, Loading, Piping):
             read.
         pipeline: pieces of the module on several ranks, a :class:`~lit_zero.pipeline.policy.Pipeline`. ``"none"``:
             every rank runs the whole module.
+        activation: what lives between forward and backward, a word or an
+            :class:`~lit_zero.activation.policy.Activation`. ``"none"``: all that autograd saves.
         nonfinite_loss: ``"error"``: a loss that is NaN or infinite ends the run before it can reach a weight (not in
             ``16-mixed``, where the loss scaler skips the step). ``"ignore"``: train on, as Lightning does.
         nonfinite_norm: ``"error"``: a gradient norm that is to be clipped and is NaN or infinite ends the run before it
@@ -93,6 +97,7 @@ class ZeroStrategy(BecomesFabric, Loading, Piping):
         comm: Comm | None = None,
         checkpoint: str | Checkpoint = "full",
         pipeline: str | Pipeline = "none",
+        activation: str | Activation = "none",
         nonfinite_loss: Literal["error", "ignore"] = "error",
         nonfinite_norm: Literal["error", "ignore"] = "error",
         timeout: float | timedelta = 1800.0,
@@ -105,6 +110,7 @@ class ZeroStrategy(BecomesFabric, Loading, Piping):
         new_job()
         super().__init__(evaluation, **kwargs)
         self._settle(zero, precision, comm, checkpoint, nonfinite_loss, nonfinite_norm, timeout, process_group_backend)
+        self.activations = Activations(activation)
         check_choice("start_method", start_method, ("popen", "spawn", "fork", "forkserver"))
         self._start_method = start_method
         self._open_stages(Pipeline(pipeline) if isinstance(pipeline, str) else instance("pipeline", pipeline, Pipeline))
@@ -122,7 +128,7 @@ class ZeroStrategy(BecomesFabric, Loading, Piping):
     # ---- processes
 
     def _configure_launcher(self) -> None:
-        self.grid  # noqa: B018 - refuses, before any rank is started, ranks that do not divide into pipelines
+        self.activations.groups(self.grid.data_groups())  # refuses ranks that do not divide before any is started
         self._launcher = choose_launcher(self, self._start_method)
 
     def setup_environment(self) -> None:
@@ -193,6 +199,7 @@ class ZeroStrategy(BecomesFabric, Loading, Piping):
         previous = Engine.of(module)
         if previous is not None:
             previous.detach()
+        self.activations.remove()
         self.pretrained.locate(module)
         self.precision_plugin.convert_module(module)
         self.pretrained.leave_empty(module)
@@ -206,6 +213,8 @@ class ZeroStrategy(BecomesFabric, Loading, Piping):
         lowering = Lowering(self.precision_policy, lowered_dtype(self.precision_plugin))
         pieces = self.stages.plan(trainer)
         groups = self.grid.data_groups()
+        if fitting:
+            self.activations.apply(self, module, groups)
         self._engine = Engine(
             module,
             self.optimizers if fitting else (),
@@ -236,6 +245,7 @@ class ZeroStrategy(BecomesFabric, Loading, Piping):
         assert self.cluster_environment is not None and self.accelerator is not None
         if self.lightning_module is not None:
             untouched(self.lightning_module)
+        self.activations.remove()
         self.cluster_environment.teardown()
         self.precision_plugin.teardown()
         self.accelerator.teardown()
@@ -281,6 +291,7 @@ class ZeroStrategy(BecomesFabric, Loading, Piping):
 
     def pre_backward(self, closure_loss: torch.Tensor) -> None:
         """Stop before a loss that is no number reaches a weight."""
+        self.activations.backward_begins(self.engine.exchange, self.stages.crowd)
         assert self.lightning_module is not None
         self.refuse_loss(
             closure_loss,

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import nn
-
+from lit_zero.core.blocks import Choice, check_modules
 from lit_zero.core.errors import ConfigError, check_choice
 
-Units = Literal["auto"] | Sequence[str] | Callable[[str, nn.Module], bool]
+Units = Choice
 
 
 class Placement(enum.Enum):
@@ -95,17 +93,7 @@ class Zero:
             isinstance(self.slots, bool) or not isinstance(self.slots, int) or self.slots < 1
         ):
             raise ConfigError(f"zero.slots={self.slots!r} is not valid: expected an integer of at least 1.")
-        listed = isinstance(self.units, Sequence) and all(isinstance(entry, str) for entry in self.units)
-        if not listed and not callable(self.units):
-            raise ConfigError(
-                f"zero.units={self.units!r} is not valid: expected 'auto', a list of class names and module-name "
-                "patterns, or a callable (name, module) -> bool."
-            )
-        if isinstance(self.units, str) and self.units != "auto":
-            raise ConfigError(
-                f"zero.units={self.units!r} is not valid: expected 'auto', a list such as [{self.units!r}], or a "
-                "callable (name, module) -> bool."
-            )
+        check_modules("zero.units", self.units)
         if self.row.optimizer is Placement.REPLICATE and self.accumulate == "reduce":
             raise ConfigError(
                 f"zero.accumulate='reduce' has no place with zero.stage={self.stage!r}: every rank steps with whole "

@@ -7,22 +7,18 @@ whole from forward to step.
 
 from __future__ import annotations
 
-import fnmatch
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
-from lit_zero.core.errors import ConfigError, UnsupportedError, did_you_mean
+from lit_zero.core.blocks import choose_modules
+from lit_zero.core.errors import UnsupportedError
 from lit_zero.precision.policy import Lowering
 from lit_zero.zero.lane import ParamInfo
 from lit_zero.zero.policy import Units
-
-_LISTS = (nn.ModuleList, nn.Sequential)
-_LARGE_LIST = 0.1  # a list of blocks counts as large from this share of the largest list's parameters
 
 
 @dataclass
@@ -57,7 +53,7 @@ def plan_units(model: nn.Module, units: Units, lowering: Lowering) -> list[UnitP
     for name, param in model.named_parameters():
         _refuse_lazy(name, param)  # nothing else can be asked of such a parameter
     modules = dict(model.named_modules())
-    chosen = _choose(model, units)
+    chosen = choose_modules(model, units, "zero.units")
     plans = {name: UnitPlan(name, module) for name, module in modules.items() if name == "" or name in chosen}
     for name, plan in plans.items():
         prefix = f"{name}." if name else ""
@@ -89,71 +85,6 @@ def _home(owner: str, plans: dict[str, UnitPlan]) -> str:
     while owner not in plans:
         owner = owner.rpartition(".")[0]
     return owner
-
-
-def _choose(model: nn.Module, units: Units) -> set[str]:
-    if isinstance(units, str):
-        return _repeated_blocks(model)
-    named = [(name, module) for name, module in model.named_modules() if name]
-    if callable(units):
-        return _runnable(model, {name for name, module in named if units(name, module)})
-    chosen: set[str] = set()
-    classes = {_kind(module).__name__ for _, module in named}
-    for pattern in units:
-        found = {
-            name for name, module in named if _kind(module).__name__ == pattern or fnmatch.fnmatchcase(name, pattern)
-        }
-        if not found:
-            raise ConfigError(
-                f"zero.units names {pattern!r}, but no module of that class or name exists. "
-                f"{did_you_mean(pattern, sorted(classes))}"
-            )
-        chosen |= found
-    return _runnable(model, chosen)
-
-
-def _runnable(model: nn.Module, chosen: set[str]) -> set[str]:
-    """Check that every unit has a forward before which its parameters can be brought."""
-    for name in sorted(chosen):
-        kind = type(model.get_submodule(name))
-        if kind.forward is nn.Module.forward:
-            raise ConfigError(
-                f"zero.units chooses {name!r}, but a {kind.__name__} has no forward: its parameters would never be "
-                "brought. "
-                "Choose the modules inside it, or the one that contains it."
-            )
-    return chosen
-
-
-def _kind(module: nn.Module) -> type:
-    """Return the class that a module was made of: a parametrized one has a class of its own."""
-    return parametrize.type_before_parametrizations(module)
-
-
-def _repeated_blocks(model: nn.Module) -> set[str]:
-    """Return the names of the entries of every large outermost list that repeats one class of module with
-    parameters.
-    """
-    sizes: dict[str, int] = {}
-    entries: dict[str, list[str]] = {}
-    inside: set[str] = set()
-    for name, module in model.named_modules():
-        parent = name.rpartition(".")[0]
-        if parent in inside:  # only outermost lists: blocks are not cut into their own repeated parts
-            inside.add(name)
-            continue
-        if not isinstance(module, _LISTS) or isinstance(module, parametrize.ParametrizationList):
-            continue
-        children = [(child, m) for child, m in module.named_children() if any(p.numel() for p in m.parameters())]
-        kinds: dict[type, int] = defaultdict(int)
-        for _, child in children:
-            kinds[_kind(child)] += 1
-        if max(kinds.values(), default=0) >= 2:
-            entries[name] = [f"{name}.{child}" if name else child for child, _ in children]
-            sizes[name] = sum(p.numel() for p in module.parameters())
-            inside.add(name)
-    largest = max(sizes.values(), default=0)
-    return {entry for name, size in sizes.items() if size >= _LARGE_LIST * largest for entry in entries[name]}
 
 
 def cut_evenly(infos: Sequence[ParamInfo], parts: int = 3, smallest: int = 1 << 18) -> list[list[ParamInfo]]:

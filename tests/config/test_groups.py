@@ -12,7 +12,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ValidationError
 
 import lit_zero
-from lit_zero import Checkpoint, Comm, Pipeline, Precision, Zero, ZeroStrategy
+from lit_zero import Activation, Checkpoint, Comm, Pipeline, Precision, Zero, ZeroStrategy
+from lit_zero.activation.policy import VARIANTS
 from lit_zero.config.schema import SCHEMAS
 from tests.config.support import APPS, composed, run
 
@@ -23,7 +24,19 @@ OPTIONS = [f"{file.parent.name}={file.stem}" for file in sorted(CONF.glob("*/*.y
 def test_all_groups_are_there() -> None:
     groups = {option.split("=")[0] for option in OPTIONS} | {"hydra"}
     assert groups == {
-        *("zero", "pipeline", "precision", "checkpoint", "comm", "optimizer", "scheduler", "model", "data", "trainer"),
+        *(
+            "zero",
+            "pipeline",
+            "activation",
+            "precision",
+            "checkpoint",
+            "comm",
+            "optimizer",
+            "scheduler",
+            "model",
+            "data",
+            "trainer",
+        ),
         *("logger", "callbacks", "experiment", "hparams_search", "hydra", "paths"),
     }
 
@@ -50,6 +63,15 @@ def test_pipeline_builds_the_schedule_with_its_own_defaults(name: str, stages: i
     assert pipeline == Pipeline(name, stages)
     assert pipeline.ranks == 2, "what the default trainer.devices has"
     assert instantiate(composed().pipeline) == Pipeline()
+
+
+@pytest.mark.parametrize("name", ["none", "full", "every_n", "selective", "offload"])
+def test_activation_builds_the_variant_with_its_own_defaults(name: str) -> None:
+    built, plain = instantiate(composed(f"activation={name}").activation), Activation(name)
+    assert all(built.setting(key) == plain.setting(key) for key in VARIANTS[name])
+    assert {key for key in composed(f"activation={name}").activation if not key.startswith("_")} == {
+        *("variant", *VARIANTS[name], *(["blocks"] if name != "none" else []))
+    }
 
 
 def test_pipeline_takes_lists_and_a_function() -> None:
@@ -94,6 +116,8 @@ def test_strategy_gets_every_group() -> None:
         "pipeline=interleaved",
         "pipeline.stages=6",
         "pipeline.stages_per_rank=3",
+        "activation=selective",
+        "activation.operators=[matmul]",
         "checkpoint=sharded",
         "precision=bf16-mixed",
         "precision.lower=all",
@@ -103,6 +127,7 @@ def test_strategy_gets_every_group() -> None:
     assert strategy.zero == Zero("stage3", units=["Block"], slots=3)
     assert strategy.comm == Comm(overlap=False)
     assert strategy.pipeline == Pipeline("interleaved", stages=6, stages_per_rank=3)
+    assert strategy.activation == Activation("selective", operators=["matmul"])
     assert strategy.checkpoint_policy == Checkpoint("sharded")
     assert strategy.precision_policy == Precision(lower="all")
 

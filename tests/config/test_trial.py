@@ -49,6 +49,17 @@ STAGE3 = ("trainer.devices=1", "zero=stage3")
             "zero.units names 'Blok', but no module of that class or name exists. Did you mean 'Block'",
         ),
         (
+            ["activation=selective", "activation.operators=[matmull]"],
+            "activation.operators names 'matmull', which is no operator of torch. Did you mean 'aten.matmul'?",
+        ),
+        (
+            ["activation=full", "activation.blocks=[Blok]"],
+            "activation.blocks names 'Blok', but no module of that class or name exists. Did you mean 'Block'",
+        ),
+        (["activation=budget"], "activation.variant='budget' needs activation.budget: the bytes on each rank that"),
+        (["activation=partition"], "activation.variant='partition' shares a block's inputs out over ranks that hold"),
+        (["activation=every_n", "activation.n=1"], "activation.n=1 is not valid: expected an integer of at least 2."),
+        (
             ["pipeline=1f1b", "pipeline.stages=1"],
             "pipeline.stages=1 does not fit pipeline.schedule='1f1b', which runs 1 stage on every rank: expected a "
             "multiple of 1, and at least 2. pipeline=none trains without a pipeline.",

@@ -137,7 +137,7 @@ def test_an_unknown_unit_is_named_with_the_nearest_class():
 @pytest.mark.parametrize("units", [["ModuleList"], ["blocks"], lambda name, module: name == "blocks"])
 def test_a_unit_without_a_forward_is_refused(units):
     with pytest.raises(
-        ConfigError, match="chooses 'blocks', but a ModuleList has no forward: its parameters would never"
+        ConfigError, match="chooses 'blocks', but a ModuleList has no forward: nothing could be done when"
     ):
         plan(Holder(blocks=blocks(1)), units)
 
