@@ -8,13 +8,24 @@ from lit_zero._version import __version__
 from lit_zero.checkpoint import Checkpoint
 from lit_zero.comm import Comm
 from lit_zero.config.search_path import register as _register_search_path
+from lit_zero.offload import Offload
 from lit_zero.pipeline import Pipeline
 from lit_zero.precision import Precision
 from lit_zero.strategy import ZeroStrategy, load_pretrained
 from lit_zero.strategy.registry import register as _register_strategies
 from lit_zero.zero import Zero
 
-__all__ = ["Checkpoint", "Comm", "Pipeline", "Precision", "Zero", "ZeroStrategy", "__version__", "load_pretrained"]
+__all__ = [
+    "Checkpoint",
+    "Comm",
+    "Offload",
+    "Pipeline",
+    "Precision",
+    "Zero",
+    "ZeroStrategy",
+    "__version__",
+    "load_pretrained",
+]
 
 _register_strategies()
 _register_search_path()

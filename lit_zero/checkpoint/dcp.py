@@ -82,12 +82,12 @@ def write(folder: Path, stored: Sequence[Stored], rank: int) -> Written:
     ranges, items, tensors = [], [], {}
     for place, piece in stored:
         shape = tuple(piece.shape)
-        ranges.append(Range(place, shape, piece.data.dtype, piece.start, piece.data.numel()))
-        for box in boxes(shape, piece.start, piece.start + piece.data.numel()):
+        ranges.append(Range(place, shape, piece.dtype, piece.start, piece.numel))
+        for box in boxes(shape, piece.start, piece.end):
             index = MetadataIndex(key_of(place), torch.Size(box.offsets))
-            data = TensorWriteData(_chunk(box), TensorProperties(dtype=piece.data.dtype), torch.Size(shape))
+            data = TensorWriteData(_chunk(box), TensorProperties(dtype=piece.dtype), torch.Size(shape))
             items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
-            tensors[index] = _part(piece, box)
+            tensors[index] = piece, box
     results: list[Any] = []
     if items:
         writer = FileSystemWriter(folder)
@@ -154,6 +154,13 @@ class Reader:
         Raises:
             CheckpointError: if a tensor is not in the checkpoint, has another shape, or cannot be read.
         """
+        self._read([each for each in wanted if each.piece.live])
+        for place, piece in (each for each in wanted if not each.piece.live):  # by one, for little memory
+            buffer = torch.empty(piece.numel, dtype=piece.dtype, device="cpu")
+            self._read([Stored(place, dataclasses.replace(piece, data=buffer))])
+            piece.write(buffer)
+
+    def _read(self, wanted: Sequence[Stored]) -> None:
         targets, items = {}, []
         for number, (place, piece) in enumerate(wanted):
             shape = tuple(piece.shape)
@@ -161,7 +168,7 @@ class Reader:
                 raise CheckpointError(
                     f"{key_of(place)!r} is {self.shape(place)} in the checkpoint '{self._folder}', not {shape}."
                 )
-            found = boxes(shape, piece.start, piece.start + piece.data.numel())
+            found = boxes(shape, piece.start, piece.end)
             targets.update({MetadataIndex(str(number), torch.Size(box.offsets)): _part(piece, box) for box in found})
             saved = self._saved(place)
             for item in create_read_items_for_chunk_list(key_of(place), saved, [_chunk(box) for box in found]):
@@ -234,14 +241,14 @@ class _Writer(FileSystemWriter):
 
 
 class _SavePlanner(DefaultSavePlanner):
-    """Tells DCP's writer where the elements of a box lie."""
+    """Gives DCP's writer the elements of a box, when it is about to write them."""
 
-    def __init__(self, tensors: Mapping[MetadataIndex, torch.Tensor]) -> None:
+    def __init__(self, boxes_of: Mapping[MetadataIndex, tuple[Piece, Box]]) -> None:
         super().__init__()
-        self._tensors = tensors
+        self._boxes_of = boxes_of
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
-        return self._tensors[write_item.index]
+        return _part(*self._boxes_of[write_item.index])
 
 
 class _LoadPlanner(DefaultLoadPlanner):
@@ -263,6 +270,6 @@ def _chunk(box: Box) -> ChunkStorageMetadata:
 
 
 def _part(piece: Piece, box: Box) -> torch.Tensor:
-    """Return the elements of a box inside a piece, in the box's shape; a view."""
+    """Return the elements of a box inside a piece, in the box's shape; a view where the piece lies in memory."""
     first = box.start - piece.start
-    return piece.data.detach()[first : first + box.length].view(box.sizes)
+    return piece.part(first, first + box.length).detach().view(box.sizes)

@@ -16,11 +16,12 @@ from lit_zero.comm import process_group
 from lit_zero.comm.meeting import open_store
 from lit_zero.comm.policy import Comm
 from lit_zero.core.errors import LitZeroError, check_choice
+from lit_zero.offload.policy import Offload
 from lit_zero.precision.policy import Precision
 from lit_zero.strategy.arguments import duration, instance
 from lit_zero.strategy.flavour import _init_dist_connection, fabric_rank_zero_only, rank_zero_only, reset_seed
-from lit_zero.strategy.refusals import refuse_other_size, refuse_surplus_rank
-from lit_zero.zero.policy import Zero
+from lit_zero.strategy.refusals import refuse_offload_without_shards, refuse_other_size, refuse_surplus_rank
+from lit_zero.zero.policy import Row, Zero
 
 if TYPE_CHECKING:
     from typing import Any as _Base
@@ -43,6 +44,7 @@ class Ranked(_Base):
         precision: Precision | None,
         comm: Comm | None,
         checkpoint: str | Checkpoint,
+        offload: str | Offload,
         nonfinite_loss: str,
         nonfinite_norm: str,
         timeout: float | timedelta,
@@ -55,6 +57,8 @@ class Ranked(_Base):
         self.checkpoint_policy = (
             Checkpoint(checkpoint) if isinstance(checkpoint, str) else instance("checkpoint", checkpoint, Checkpoint)
         )
+        self.offload = Offload(offload) if isinstance(offload, str) else instance("offload", offload, Offload)
+        refuse_offload_without_shards(self.offload, self.zero)
         check_choice("nonfinite_loss", nonfinite_loss, ("error", "ignore"))
         check_choice("nonfinite_norm", nonfinite_norm, ("error", "ignore"))
         self._nonfinite_loss, self._nonfinite_norm = nonfinite_loss, nonfinite_norm
@@ -62,6 +66,11 @@ class Ranked(_Base):
         if backend is not None:
             check_choice("process_group_backend", backend, ("gloo", "nccl", "cpu:gloo,cuda:nccl"))
         self.backend = backend
+
+    @property
+    def row(self) -> Row:
+        """What the ZeRO stage means on these ranks."""
+        return self.zero.row.over(self.data_parallel_size, self.offload.away)
 
     @property
     def root_device(self) -> torch.device:

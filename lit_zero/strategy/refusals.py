@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from lit_zero.core.errors import ConfigError, UnsupportedError, check_local
+from lit_zero.offload.policy import Offload
 from lit_zero.strategy.flavour import TorchCheckpointIO
+from lit_zero.zero.policy import Placement, Zero
 
 # They copy the whole module, or write to single parameters, in ways that shards do not see.
 _SAME_DEVICES = (
@@ -36,6 +38,25 @@ def refuse_unsupported(trainer: Any) -> None:
             check_local(
                 f"{type(callback).__name__}.dirpath (by default below Trainer.default_root_dir)", callback.dirpath
             )
+
+
+def refuse_offload_without_shards(offload: Offload, zero: Zero) -> None:
+    """Check that what is to leave the device is sharded.
+
+    Raises:
+        ConfigError: if not.
+    """
+    if offload.away and zero.row.optimizer is Placement.REPLICATE:
+        raise ConfigError(
+            f"offload.where={offload.where!r} moves shards of optimizer state, and with zero.stage={zero.stage!r} "
+            "there are none: every rank keeps it whole. Use zero.stage='stage1' or higher, on one process too, or "
+            "offload=none."
+        )
+    if offload.params and zero.row.parameter is Placement.REPLICATE:
+        raise ConfigError(
+            f"offload.params=True has no effect with zero.stage={zero.stage!r}: every rank keeps all parameters on its "
+            "device there. Remove offload.params, or use zero.stage='stage3'."
+        )
 
 
 def refuse_other_devices(kind: str, backend: str | None) -> None:

@@ -17,6 +17,8 @@ from lit_zero.comm.open import open_exchange
 from lit_zero.comm.policy import Comm
 from lit_zero.comm.roll_call import RollCall
 from lit_zero.core.errors import ConfigError, LitZeroError, check_choice
+from lit_zero.offload.open import open_keeping
+from lit_zero.offload.policy import Offload
 from lit_zero.pipeline.policy import Pipeline
 from lit_zero.precision.policy import Lowering, Precision
 from lit_zero.strategy.arguments import instance
@@ -63,6 +65,8 @@ class ZeroStrategy(BecomesFabric, Loading, Piping):
             read.
         pipeline: pieces of the module on several ranks, a :class:`~lit_zero.pipeline.policy.Pipeline`. ``"none"``:
             every rank runs the whole module.
+        offload: where shards live between uses: ``"none"`` (on the device), ``"cpu"``, or an
+            :class:`~lit_zero.offload.policy.Offload` with more to say.
         nonfinite_loss: ``"error"``: a loss that is NaN or infinite ends the run before it can reach a weight (not in
             ``16-mixed``, where the loss scaler skips the step). ``"ignore"``: train on, as Lightning does.
         nonfinite_norm: ``"error"``: a gradient norm that is to be clipped and is NaN or infinite ends the run before it
@@ -93,6 +97,7 @@ class ZeroStrategy(BecomesFabric, Loading, Piping):
         comm: Comm | None = None,
         checkpoint: str | Checkpoint = "full",
         pipeline: str | Pipeline = "none",
+        offload: str | Offload = "none",
         nonfinite_loss: Literal["error", "ignore"] = "error",
         nonfinite_norm: Literal["error", "ignore"] = "error",
         timeout: float | timedelta = 1800.0,
@@ -104,7 +109,9 @@ class ZeroStrategy(BecomesFabric, Loading, Piping):
         self._remember(locals())
         new_job()
         super().__init__(evaluation, **kwargs)
-        self._settle(zero, precision, comm, checkpoint, nonfinite_loss, nonfinite_norm, timeout, process_group_backend)
+        self._settle(
+            zero, precision, comm, checkpoint, offload, nonfinite_loss, nonfinite_norm, timeout, process_group_backend
+        )
         check_choice("start_method", start_method, ("popen", "spawn", "fork", "forkserver"))
         self._start_method = start_method
         self._open_stages(Pipeline(pipeline) if isinstance(pipeline, str) else instance("pipeline", pipeline, Pipeline))
@@ -147,7 +154,7 @@ class ZeroStrategy(BecomesFabric, Loading, Piping):
         """Where ``configure_model`` builds: on the meta device if parameters are sharded, so that no rank ever holds
         the full model.
         """
-        if self.zero.row.over(self.data_parallel_size).parameter is Placement.SHARD and empty_init is not False:
+        if self.row.parameter is Placement.SHARD and empty_init is not False:
             with torch.device("meta"), self.precision_plugin.tensor_init_context():
                 yield
         else:
@@ -215,6 +222,7 @@ class ZeroStrategy(BecomesFabric, Loading, Piping):
             lowering=lowering,
             training=fitting,
             keep_gradients=fitting and not module.automatic_optimization,
+            keeping=open_keeping(self.offload, self.root_device, self.is_global_zero),
             **pieces,
         )
         self.stages.attach(self._engine)

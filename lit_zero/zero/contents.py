@@ -11,7 +11,8 @@ import torch
 from lit_zero.core.piece import ParamState, Piece
 from lit_zero.zero.binding import Binding
 from lit_zero.zero.gathering import Gatherer
-from lit_zero.zero.lane import Lane, ParamInfo, storage_bytes
+from lit_zero.zero.info import ParamInfo
+from lit_zero.zero.lane import Lane, storage_bytes
 from lit_zero.zero.reducing import Reducer
 from lit_zero.zero.unit import Unit
 
@@ -34,6 +35,7 @@ class Contents:
     _gatherer: Gatherer
     _reducer: Reducer
     _gradient_bytes: int
+    _host_gradient_bytes: int
 
     @property
     def infos(self) -> list[ParamInfo]:
@@ -77,18 +79,36 @@ class Contents:
         """Return this rank's part of optimizer ``index``'s state, see :meth:`parameter_pieces`."""
         return self.bindings[index].states(described, to_load)
 
+    def _count_gradients(self) -> None:
+        """Note the bytes of the gradients as they are now."""
+        seen: set[int] = set()
+        here = [lane.grad_full for lane in self.lanes]
+        here += [lane.grad_own for lane in self.lanes if not lane.keeper.away]
+        segments = [segment for binding in self.bindings for segment in binding.segments]
+        here += [segment.param.grad for segment in segments if not segment.lane.keeper.away]
+        away = [*(lane.grad_own for lane in self.lanes), *(segment.param.grad for segment in segments)]
+        self._gradient_bytes = storage_bytes((grad for grad in here if grad is not None), seen)
+        self._host_gradient_bytes = storage_bytes((grad for grad in away if grad is not None), seen)
+
     def model_state_bytes(self) -> dict[str, int]:
         """Return the bytes of model states on this rank, counted from storages, each once.
 
         Returns:
-            ``parameter``, ``master``, ``gradient`` and ``optimizer``: the model states of the ZeRO paper; gradients as
-            they stood between the last backward and its step. ``slots``: buffers in which gathered parameters and
-            landing gradients take turns, at their most.
+            ``parameter``, ``master``, ``gradient`` and ``optimizer``: the model states of the ZeRO paper, as far as
+            they lie on the device; gradients as they stood between the last backward and its step. ``slots``: buffers
+            in which gathered parameters and landing gradients take turns, at their most. ``host`` and ``file``: the
+            states that lie there instead; the gradients of masters in files wait in host memory too.
         """
         seen: set[int] = set()
         tensors = [lane.state_tensors() for lane in self.lanes]
         found = {kind: storage_bytes(chain(*(t[kind] for t in tensors)), seen) for kind in ("parameter", "master")}
         found["gradient"] = self._gradient_bytes
         found["optimizer"] = storage_bytes(chain(*(binding.state_tensors() for binding in self.bindings)), seen)
+        found["host"], found["file"] = self._host_gradient_bytes, 0
+        kept = [(lane.keeper.place, each) for lane in self.lanes for each in lane.kept()]
+        for binding in self.bindings:
+            kept += [(s.lane.keeper.place, each) for s in binding.segments for each in s.kept.values()]
+        for place, each in kept:
+            found[place] += each.nbytes
         found["slots"] = storage_bytes([s.buffer for s in self._gatherer.slots], seen) + self._reducer.peak_bytes
         return found

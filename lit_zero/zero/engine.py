@@ -17,28 +17,28 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from lit_zero.comm.exchange import Exchange
 from lit_zero.core.errors import LitZeroError
 from lit_zero.core.holding import Holding
+from lit_zero.core.keeping import Keeping
 from lit_zero.precision.policy import Lowering
 from lit_zero.zero.agreeing import Reach, SharedBuffers
 from lit_zero.zero.between import backward_is_running, when_over
 from lit_zero.zero.binding import Binding
 from lit_zero.zero.build import build_lanes, empty, fill_lanes, group_names, number_groups
-from lit_zero.zero.calls import UNTRACED
+from lit_zero.zero.calls import UNTRACED, Handle
 from lit_zero.zero.clipping import Clipping
 from lit_zero.zero.contents import Contents
 from lit_zero.zero.gathering import Gatherer
 from lit_zero.zero.guarding import refuse_lost_changes, refuse_whole_state
 from lit_zero.zero.hooks import Hooks
-from lit_zero.zero.lane import Lane, ParamInfo, storage_bytes
+from lit_zero.zero.info import ParamInfo
+from lit_zero.zero.lane import Lane
 from lit_zero.zero.policy import Placement, Zero
 from lit_zero.zero.probe import is_shaped
 from lit_zero.zero.reducing import Reducer
@@ -63,6 +63,7 @@ class Engine(Clipping, Contents):
         everyone: all ranks of all pipelines; by default those of ``exchange``.
         ties: for every group of positions that hold parameters together (``holding.ties()``), its ranks in the
             pipeline of this rank.
+        keeping: where shards live between uses; by default on ``device``.
 
     Attributes:
         parameter_count: elements of all managed parameters, over all ranks.
@@ -91,12 +92,14 @@ class Engine(Clipping, Contents):
         holding: Holding | None = None,
         everyone: Exchange | None = None,
         ties: Mapping[tuple[int, ...], Exchange] | None = None,
+        keeping: Keeping | None = None,
     ) -> None:
         self.model, self.zero, self.exchange, self.device = model, zero, exchange, torch.device(device)
         self.everyone, self._ties, holding = everyone or exchange, ties or {}, holding or Holding()
-        self.row = zero.row.over(exchange.size)
+        self.keeping = keeping or Keeping()
+        self.row = zero.row.over(exchange.size, self.keeping.apart)
         lowering = lowering or Lowering()
-        self._handles: list[RemovableHandle] = []
+        self._handles: list[Handle] = []
         self._unannounced = False  # the present backward was begun by its first gradient
         plans = plan_units(model, zero.units, lowering)
         infos = {info.name: info for plan in plans for info in plan.infos}
@@ -116,6 +119,7 @@ class Engine(Clipping, Contents):
             device=self.device,
             lowering=lowering,
             holding=holding,
+            keeping=self.keeping,
         )
         self.absent = [info for info in infos.values() if not holding.here(info.holders)]
         self.units = [
@@ -127,10 +131,11 @@ class Engine(Clipping, Contents):
         self._position = {name: number for number, name in enumerate(infos)}
         fill_lanes(model, self.lanes, self.absent, exchange, self._ties, self.device)
         self.bindings = [self._bind(*each) for each in zip(optimizers, range(len(names)), names, strict=True)]
+        self.keeping.check()
         self._in_backward = False
         self._keep, self._training = keep_gradients, training
         self.buffers = SharedBuffers(model, exchange, self.device)
-        self._gradient_bytes = 0
+        self._gradient_bytes = self._host_gradient_bytes = 0
         self._attached: list[tuple[Binding, set[Lane], set[str]]] = []  # by the last backward
         self._assemble()
         self._handles.append(model.register_forward_pre_hook(self._before_model, prepend=True))
@@ -150,8 +155,11 @@ class Engine(Clipping, Contents):
         return [lane for lane in self.lanes if lane.trainable]
 
     def _bind(self, optimizer: torch.optim.Optimizer, number: int, names: list[list[str]]) -> Binding:
-        shaped = is_shaped(optimizer, self.row)
+        shaped = is_shaped(optimizer, self.row, self.keeping.apart)
         binding = Binding(optimizer, names, number, self._trainable(), shaped, self.absent)
+        if self.keeping.apart:
+            binding.reserve(self.keeping)
+            self._handles.append(binding.wrap_step())
         self._handles.append(optimizer.register_step_post_hook(lambda *_: self._stepped(binding)))
         self._handles.append(optimizer.register_load_state_dict_pre_hook(refuse_whole_state))
         return binding
@@ -233,6 +241,7 @@ class Engine(Clipping, Contents):
         self._hooks.remove()
         for exchange in {id(each): each for each in (self.exchange, self.everyone, *self._ties.values())}.values():
             exchange.close()
+        self.keeping.close()
 
     # ---- forward
 
@@ -300,9 +309,8 @@ class Engine(Clipping, Contents):
                 binding.split()
             binding.attach(set(lanes), unreached)
             self._attached.append((binding, set(lanes), unreached))
-        kept = chain(*(lane.state_tensors()["gradient"] for lane in self.lanes))
-        copies = chain(*(binding.grads() for binding in self.bindings))
-        self._gradient_bytes = storage_bytes(chain(kept, copies), set())
+        self.keeping.settle()
+        self._count_gradients()
 
     @contextlib.contextmanager
     def no_reduce(self) -> Iterator[None]:
@@ -346,25 +354,26 @@ class Engine(Clipping, Contents):
 
     def _stepped(self, binding: Binding) -> None:
         """The optimizer has changed this rank's masters."""
-        if not self._keep:
-            binding.drop_gradients()
+        binding.restore() if self._keep else binding.drop_gradients()
         refuse_lost_changes(self.lanes, self._training)
         for lane in binding.lanes:
             lane.count_step()
-        self.refresh(binding.lanes)
+        self.refresh(binding.lanes, stepped=True)
         if self._keep:  # the same training step may go on to use parameters, and not through a module that we watch
             self._gatherer.need(self.root)
 
-    def refresh(self, lanes: Sequence[Lane] | None = None) -> None:
+    def refresh(self, lanes: Sequence[Lane] | None = None, stepped: bool = False) -> None:
         """Make the masters' present values the parameters: call it after anything has written to the masters. All
         ranks together.
 
         Args:
             lanes: whose masters; ``None``: all.
+            stepped: by the optimizer, which has spread what lives elsewhere.
         """
         changed = self.lanes if lanes is None else lanes
         for lane in changed:
-            lane.publish()
+            if not (stepped and lane.keeper.away):
+                lane.publish()
         if self.row.optimizer is Placement.SHARD:
             self._gatherer.invalidate(set(changed))
             self._gatherer.refresh_replicated()

@@ -32,6 +32,6 @@ def rewriting(engine: Engine, whole: bool = False) -> Iterator[None]:
     with torch.no_grad():
         yield
     if engine.row.optimizer is Placement.REPLICATE and not whole and engine.exchange.size > 1:
-        own = [Gather(lane.master, lane.master[lane.start : lane.end]) for lane in engine.lanes]
+        own = [Gather(lane.master.read(), lane.own_master()) for lane in engine.lanes]
         engine.exchange.all_gather(own).wait()
     engine.refresh()

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 
 from lit_zero.core.errors import ConfigError, UnsupportedError, did_you_mean
 from lit_zero.precision.policy import Lowering
-from lit_zero.zero.lane import ParamInfo
+from lit_zero.zero.info import ParamInfo
 from lit_zero.zero.policy import Units
 
 _LISTS = (nn.ModuleList, nn.Sequential)
