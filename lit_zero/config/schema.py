@@ -70,6 +70,30 @@ class PipelineInterleaved(PipelineSchema):
 
 
 @dataclass
+class OffloadNone(Target):
+    """``offload=none``."""
+
+    where: str = MISSING
+
+
+@dataclass
+class OffloadCpu(OffloadNone):
+    """``offload=cpu``."""
+
+    params: bool = MISSING
+    ratio: float = MISSING
+    limit: int | None = MISSING
+
+
+@dataclass
+class OffloadDisk(OffloadCpu):
+    """``offload=disk``."""
+
+    folder: str = MISSING
+    chunk: int | None = MISSING
+
+
+@dataclass
 class PrecisionTrue32(Target):
     """``precision=32-true`` and ``precision=64-true``: one dtype everywhere, so nothing to choose."""
 
@@ -203,6 +227,7 @@ class TrainerSchema(Target):
 SCHEMAS: dict[str, dict[str, type]] = {
     "zero": {"none": ZeroNone, "stage1": ZeroSharded, "stage2": ZeroSharded, "stage3": ZeroStage3},
     "pipeline": {"none": PipelineNone, "schedule": PipelineSchema, "interleaved": PipelineInterleaved},
+    "offload": {"none": OffloadNone, "cpu": OffloadCpu, "disk": OffloadDisk},
     "precision": {"32-true": PrecisionTrue32, "16-true": PrecisionTrue16, "mixed": PrecisionMixed},
     "optimizer": {"adam": AdamSchema, "sgd": SGDSchema},
     "scheduler": {"cosine": CosineSchema, "constant": ConstantSchema},

@@ -23,7 +23,19 @@ OPTIONS = [f"{file.parent.name}={file.stem}" for file in sorted(CONF.glob("*/*.y
 def test_all_groups_are_there() -> None:
     groups = {option.split("=")[0] for option in OPTIONS} | {"hydra"}
     assert groups == {
-        *("zero", "pipeline", "precision", "checkpoint", "comm", "optimizer", "scheduler", "model", "data", "trainer"),
+        *(
+            "zero",
+            "pipeline",
+            "offload",
+            "precision",
+            "checkpoint",
+            "comm",
+            "optimizer",
+            "scheduler",
+            "model",
+            "data",
+            "trainer",
+        ),
         *("logger", "callbacks", "experiment", "hparams_search", "hydra", "paths"),
     }
 

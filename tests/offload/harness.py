@@ -33,7 +33,8 @@ def own_kernel(model: nn.Module) -> torch.optim.Optimizer:
 
 def plain(model: nn.Module) -> torch.optim.Optimizer:
     """AdamW as most people write it."""
-    return torch.optim.AdamW(model.parameters(), lr=1e-2)
+    # Elements whose true gradient is zero (a key's bias) move by rounding alone; a larger eps takes those out.
+    return torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3)
 
 
 RUN = Run(optimizer=own_kernel, steps=4, dtype=torch.float32)
