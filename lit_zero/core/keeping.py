@@ -7,7 +7,7 @@ Three small objects. A :class:`Kept` is one flat array of a shard: a master, a s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
@@ -114,6 +114,11 @@ class Keeping:
     """
 
     apart = False
+
+    def run(self, job: Callable[[], None]) -> Ticket:
+        """Do ``job``, a part of a step, at once or behind those before it while the computation goes on."""
+        job()
+        return DONE
 
     def keeper(self, numel: int, used: bool, sharded: bool) -> Keeper:
         """Return the place of a new lane's arrays.

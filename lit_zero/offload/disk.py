@@ -15,7 +15,8 @@ import torch
 
 from lit_zero.core.keeping import Kept
 from lit_zero.core.ticket import Ticket
-from lit_zero.offload.file import Pending, StateFile
+from lit_zero.core.worker import Pending
+from lit_zero.offload.file import StateFile
 from lit_zero.offload.host import Budget, HostKeeper
 
 _ROUND = 1024  # elements; portions begin where a vectorised kernel would begin a row of its own

@@ -14,38 +14,18 @@ from __future__ import annotations
 
 import errno
 import os
-import queue
 import shutil
 import tempfile
-import threading
 import weakref
-from collections.abc import Callable
-from concurrent.futures import Future
 from pathlib import Path
 
 import torch
 
 from lit_zero.core.errors import ConfigError, LitZeroError
+from lit_zero.core.worker import Pending, Worker
 
 _ALIGN = 4096  # bytes; arrays start on a page
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-Job = tuple[Callable[[], None], "Future[None]"]
-
-
-class Pending:
-    """The ticket of a read or write.
-
-    Args:
-        future: of the thread.
-    """
-
-    def __init__(self, future: Future[None]) -> None:
-        self._future = future
-
-    def wait(self) -> None:
-        """Return once it is over; raise what went wrong."""
-        self._future.result()
 
 
 def open_file(folder: Path) -> int:
@@ -79,10 +59,8 @@ class StateFile:
     def __init__(self, folder: Path) -> None:
         self._folder, self.size, self._planned = folder, 0, 0
         self._descriptor = open_file(folder)
-        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=_work, args=(self._jobs,), name="lit_zero-offload", daemon=True)
-        self._thread.start()
-        self._close = weakref.finalize(self, _end, self._jobs, self._thread, self._descriptor)
+        self._worker = Worker("lit_zero-offload")
+        self._close = weakref.finalize(self, _end, self._worker, self._descriptor)
 
     def close(self) -> None:
         """Wait for what is under way, and give the space back."""
@@ -122,16 +100,11 @@ class StateFile:
 
     def read(self, out: torch.Tensor, offset: int) -> Pending:
         """Begin to read into ``out`` (contiguous, host memory)."""
-        return self._submit(lambda: self._read(out, offset))
+        return self._worker.submit(lambda: self._read(out, offset))
 
     def write(self, values: torch.Tensor, offset: int) -> Pending:
         """Begin to write ``values`` (contiguous, host memory), which must not change until that is over."""
-        return self._submit(lambda: self._write(values, offset))
-
-    def _submit(self, job: Callable[[], None]) -> Pending:
-        future: Future[None] = Future()
-        self._jobs.put((job, future))
-        return Pending(future)
+        return self._worker.submit(lambda: self._write(values, offset))
 
     def _read(self, out: torch.Tensor, offset: int) -> None:
         view, done = _bytes(out), 0
@@ -182,19 +155,6 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
     return tensor.detach().view(torch.uint8).numpy().data
 
 
-def _work(jobs: queue.SimpleQueue[Job | None]) -> None:
-    while (item := jobs.get()) is not None:
-        job, future = item
-        try:
-            job()
-            future.set_result(None)
-        except BaseException as error:  # who waits for it raises it
-            future.set_exception(error)
-        del item, job, future  # they hold buffers
-
-
-def _end(jobs: queue.SimpleQueue[Job | None], thread: threading.Thread, descriptor: int) -> None:
-    jobs.put(None)
-    if thread is not threading.current_thread():
-        thread.join(timeout=60)
+def _end(worker: Worker, descriptor: int) -> None:
+    worker.close()
     os.close(descriptor)

@@ -43,10 +43,12 @@ class Live:
 
     def parameters(self) -> Iterator[torch.Tensor]:
         """Yield this rank's part of every parameter's master, flat; a copy of what does not lie in memory."""
+        self.engine.join()
         return (piece.read() for piece in self._pieces)
 
     def pieces(self) -> list[Piece]:
         """Return this rank's part of every parameter's master, and then the buffers, to be read and written."""
+        self.engine.join()
         buffers = [Piece("", tuple(buffer.shape), 0, buffer) for buffer in self.buffers()]
         return [*self._pieces, *buffers]
 

@@ -210,7 +210,7 @@ class FabricZeroStrategy(Ranked, fabric_strategies.ParallelStrategy):
             exchange=open_exchange(self.comm, self.root_device, lowering.reduce_dtype, self.timeout),
             device=self.root_device,
             lowering=lowering,
-            keeping=open_keeping(self.offload, self.root_device, self.is_global_zero),
+            keeping=open_keeping(self.offload, self.root_device, self.is_global_zero, self.comm.overlap),
             keep_gradients=True,  # the loop is the user's own: they stay until zero_grad, as in torch
         )
         refuse_tensors_without_memory(module)

@@ -127,6 +127,7 @@ class PruningOnShards(OnShards):
             self._whole[name] = getattr(stand_in, f"{attribute}_mask").bool()
 
     def _mask_masters(self) -> None:
+        self._engine.join()
         with torch.no_grad():
             for lane, mask in self._masks.items():
                 masked = lane.master.read().mul_(mask)

@@ -222,7 +222,7 @@ class ZeroStrategy(BecomesFabric, Loading, Piping):
             lowering=lowering,
             training=fitting,
             keep_gradients=fitting and not module.automatic_optimization,
-            keeping=open_keeping(self.offload, self.root_device, self.is_global_zero),
+            keeping=open_keeping(self.offload, self.root_device, self.is_global_zero, self.comm.overlap),
             **pieces,
         )
         self.stages.attach(self._engine)

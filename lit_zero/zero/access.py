@@ -91,6 +91,7 @@ class Access:
     # ---- where things are
 
     def _find(self, which: str | nn.Parameter) -> ParamInfo:
+        self._engine.join()
         name = self._engine.aliases.get(which, which) if isinstance(which, str) else None
         infos = self._engine.infos
         for info in infos:

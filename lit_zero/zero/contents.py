@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from lit_zero.core.piece import ParamState, Piece
+from lit_zero.core.ticket import DONE
 from lit_zero.zero.binding import Binding
 from lit_zero.zero.gathering import Gatherer
 from lit_zero.zero.info import ParamInfo
@@ -50,12 +51,19 @@ class Contents:
         """All lanes of all units."""
         return [lane for unit in self.units for lane in unit.lanes]
 
+    def join(self) -> None:
+        """Return when the last step is over [Note: the step beside the next forward]; raise what it has raised."""
+        for lane in self.lanes:
+            stepped, lane.stepped = lane.stepped, DONE
+            stepped.wait()
+
     def parameter_pieces(self, to_load: bool = False) -> list[Piece]:
         """Return this rank's part of every parameter's master copy, in the same order on every rank.
 
         Args:
             to_load: all that this rank holds, as a destination; else every element belongs to exactly one rank.
         """
+        self.join()
         here = [piece for lane in self.lanes for piece in lane.pieces(to_load)]
         nothing = [
             Piece(info.name, info.shape, 0, torch.empty(0, dtype=info.master_dtype, device=self.device))
@@ -70,6 +78,7 @@ class Contents:
             index: number of the optimizer.
             gather: returns every rank's value of an object, in rank order.
         """
+        self.join()
         described: dict[str, Any] = {}
         for found in gather(self.bindings[index].describe()):
             described.update(found)
@@ -77,6 +86,7 @@ class Contents:
 
     def optimizer_pieces(self, index: int, described: dict[str, Any], to_load: bool = False) -> list[ParamState]:
         """Return this rank's part of optimizer ``index``'s state, see :meth:`parameter_pieces`."""
+        self.join()
         return self.bindings[index].states(described, to_load)
 
     def _count_gradients(self) -> None:
@@ -99,6 +109,7 @@ class Contents:
             in which gathered parameters and landing gradients take turns, at their most. ``host`` and ``file``: the
             states that lie there instead; the gradients of masters in files wait in host memory too.
         """
+        self.join()
         seen: set[int] = set()
         tensors = [lane.state_tensors() for lane in self.lanes]
         found = {kind: storage_bytes(chain(*(t[kind] for t in tensors)), seen) for kind in ("parameter", "master")}

@@ -96,7 +96,7 @@ class Engine(Clipping, Contents):
     ) -> None:
         self.model, self.zero, self.exchange, self.device = model, zero, exchange, torch.device(device)
         self.everyone, self._ties, holding = everyone or exchange, ties or {}, holding or Holding()
-        self.keeping = keeping or Keeping()
+        self.keeping, self._keep, self._training = keeping or Keeping(), keep_gradients, training
         self.row = zero.row.over(exchange.size, self.keeping.apart)
         lowering = lowering or Lowering()
         self._handles: list[Handle] = []
@@ -133,7 +133,6 @@ class Engine(Clipping, Contents):
         self.bindings = [self._bind(*each) for each in zip(optimizers, range(len(names)), names, strict=True)]
         self.keeping.check()
         self._in_backward = False
-        self._keep, self._training = keep_gradients, training
         self.buffers = SharedBuffers(model, exchange, self.device)
         self._gradient_bytes = self._host_gradient_bytes = 0
         self._attached: list[tuple[Binding, set[Lane], set[str]]] = []  # by the last backward
@@ -159,7 +158,7 @@ class Engine(Clipping, Contents):
         binding = Binding(optimizer, names, number, self._trainable(), shaped, self.absent)
         if self.keeping.apart:
             binding.reserve(self.keeping)
-            self._handles.append(binding.wrap_step())
+            self._handles.append(binding.wrap_step(Keeping().run if self._keep else self.keeping.run))
         self._handles.append(optimizer.register_step_post_hook(lambda *_: self._stepped(binding)))
         self._handles.append(optimizer.register_load_state_dict_pre_hook(refuse_whole_state))
         return binding
@@ -200,6 +199,7 @@ class Engine(Clipping, Contents):
 
     def _move(self, changed: Sequence[ParamInfo]) -> None:
         """Give parameters whose group is another now lanes of their own; ``_assemble`` comes next."""
+        self.join()
         self._gatherer.settle()
         self._reducer.give_back()
         self._hooks.remove()
@@ -232,6 +232,7 @@ class Engine(Clipping, Contents):
 
     def detach(self) -> None:
         """Give the module back: full parameters on every rank, no hooks. All ranks together."""
+        self.join()
         for unit in self.units:
             self._gatherer.need(unit)
             empty(unit, self.exchange)
@@ -277,6 +278,7 @@ class Engine(Clipping, Contents):
         Args:
             loss: what it starts from. With several optimizers, only what some rank's loss reaches is reduced then.
         """
+        self.join()
         self._in_backward = True
         self.buffers.ask()
         reached = self._reach.look(loss)
@@ -371,6 +373,8 @@ class Engine(Clipping, Contents):
             stepped: by the optimizer, which has spread what lives elsewhere.
         """
         changed = self.lanes if lanes is None else lanes
+        if not stepped:
+            self.join()
         for lane in changed:
             if not (stepped and lane.keeper.away):
                 lane.publish()
@@ -379,7 +383,8 @@ class Engine(Clipping, Contents):
             self._gatherer.refresh_replicated()
 
     def settle(self) -> None:
-        """Wait for gathers under way; what they have brought counts as old."""
+        """Wait for steps and gathers under way; what they have brought counts as old."""
+        self.join()
         if self.row.optimizer is Placement.SHARD:
             self._gatherer.invalidate(set(self.lanes))
 

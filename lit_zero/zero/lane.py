@@ -31,6 +31,7 @@ from lit_zero.comm.exchange import Exchange, Gather
 from lit_zero.core.keeping import Keeping, Kept
 from lit_zero.core.layout import ALIGN_BYTES, FlatLayout, Overlap
 from lit_zero.core.piece import Piece
+from lit_zero.core.ticket import DONE, Ticket
 from lit_zero.zero.gradients import Gradients
 from lit_zero.zero.info import ParamInfo
 from lit_zero.zero.policy import Placement, Row
@@ -89,6 +90,7 @@ class Lane(Gradients):
     def _place_master(self, keeping: Keeping, exchange: Exchange) -> None:
         """Make the master, and where a gather reads a sharded parameter from."""
         numel, sharded = self.master_end - self.master_start, self.row.parameter is Placement.SHARD
+        self.stepped: Ticket = DONE  # of the master and its second copy
         # Where neither a step nor a cast needs the master, it is all that the device has of the parameters.
         self.keeper = keeping.keeper(numel, self.trainable or self.lowered, sharded)
         if self.keeper.away:
@@ -173,11 +175,12 @@ class Lane(Gradients):
         """Describe the exchange that fills ``full``."""
         assert self.full is not None
         if self._sent:
-            return Gather(self.full, self.shard.read())
+            return Gather(self.full, self.shard.read(), self.stepped)
         own = self.full[self.start : self.end]
         if self.row.parameter is Placement.SHARD:
+            self.stepped.wait()
             return Gather(self.full, own, self.shard.fetch(own))
-        return Gather(self.full, own)
+        return Gather(self.full, own, self.stepped)
 
     def own_master(self) -> torch.Tensor:
         """Return the part of the master that this rank answers for, shape ``[P/N]``, on the device."""

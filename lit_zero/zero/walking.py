@@ -8,13 +8,18 @@ those gradients away. The optimizer then steps what is left, or nothing.
 The twin is an object of the optimizer's class with the present hyper-parameters, one portion as its only parameter, and
 no hooks. That is right for element-wise optimizers, and only those get masters that can live elsewhere (``probe``).
 Each portion starts from the same counters; those of the last one are kept.
+
+[Note: the step beside the next forward] ``optimizer.step`` may return before what lives elsewhere has been stepped: a
+thread goes through it, unit by unit in the order in which the next forward needs them, and each gather waits for its
+lane (``Lane.stepped``). Whoever reads masters, states or gradients waits for all (``Engine.join``), the next backward
+included. With manual optimization gradients stay after the step, and the step is over when it returns.
 """
 
 from __future__ import annotations
 
-import functools
 from collections import OrderedDict, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial, wraps
 from types import MethodType
 from typing import Any
 
@@ -22,6 +27,7 @@ import torch
 from torch import nn
 
 from lit_zero.core.keeping import Keeping
+from lit_zero.core.ticket import Ticket
 from lit_zero.zero.segment import Segment, copied_value, is_elementwise
 
 _MASTER = ""  # among the names of states
@@ -37,13 +43,19 @@ class Walking:
 
     optimizer: torch.optim.Optimizer
     segments: list[Segment]
+    _run: Callable[[Callable[[], None]], Ticket]
     _taken: list[tuple[Segment, torch.Tensor]]  # what the last step has used
 
-    def wrap_step(self) -> Unwrap:
-        """Let ``optimizer.step`` step what lives elsewhere too [Note: the step inside the step]."""
+    def wrap_step(self, run: Callable[[Callable[[], None]], Ticket]) -> Unwrap:
+        """Let ``optimizer.step`` step what lives elsewhere too [Note: the step inside the step].
+
+        Args:
+            run: does the steps, one after the other [Note: the step beside the next forward].
+        """
+        self._run = run
         handle, inner, walk = Unwrap(self.optimizer), self.optimizer.step, self.walk
 
-        @functools.wraps(inner)
+        @wraps(inner)
         def step(_: Any, closure: Any = None, *args: Any, **kwargs: Any) -> Any:
             def last() -> Any:
                 loss = None if closure is None else closure()
@@ -58,7 +70,13 @@ class Walking:
     @torch.no_grad()
     def walk(self) -> None:
         """Step what lives elsewhere and take its gradients away."""
-        groups = {id(param): group for group in self.optimizer.param_groups for param in group["params"]}
+        # Copies: a scheduler may change them before the step is over.
+        settings = [{k: copied_value(v) for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
+        groups = {
+            id(param): group
+            for group, held in zip(settings, self.optimizer.param_groups, strict=True)
+            for param in held["params"]
+        }
         self._taken = []
         for segment in self.segments:  # unit by unit, as the next forward needs them
             grad = segment.param.grad
@@ -67,7 +85,7 @@ class Walking:
             self._taken.append((segment, grad))
             segment.param.grad = None
             if segment.first < segment.last:
-                self._step(segment, groups[id(segment.param)], grad)
+                segment.lane.stepped = self._run(partial(self._step, segment, groups[id(segment.param)], grad))
 
     def restore(self) -> None:
         """Hold the gradients again that the last step has taken away."""
@@ -79,7 +97,7 @@ class Walking:
         lane, state = segment.lane, self.optimizer.state.get(segment.param, {})
         counters = {key: value for key, value in state.items() if key not in segment.kept}
         arrays = {_MASTER: lane.master.part(segment.first, segment.last), **segment.kept}
-        settings = fastest(self.optimizer, {**group, "params": []}, segment.param.dtype)
+        settings = fastest(self.optimizer, group, segment.param.dtype)
         after: dict[str, Any] = {}
         for first, last, views in lane.keeper.walk(arrays, 0 if state else self.to_come(group, segment)):
             param = nn.Parameter(views[_MASTER])

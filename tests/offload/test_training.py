@@ -47,12 +47,11 @@ def test_adamw_equals_one_process(ranks: Any, stage: str, tmp_path: Path) -> Non
         assert outcome.column("val_loss") == pytest.approx(alone.column("val_loss"), rel=1e-5)
 
 
-def test_one_rank(tmp_path: Path) -> None:
+def test_one_rank(ranks: Any, tmp_path: Path) -> None:
     """A rank that is alone has shards of one."""
     alone = train(Fit(trainer=BUSY), tmp_path / "alone")
     for stage in STAGES:
-        for number, fit in enumerate(fits(tmp_path / "states", stage, 1, trainer=BUSY)):
-            outcome = train(fit, tmp_path / f"{stage}{number}")
+        for outcome in ranks(1).run(train_all, fits(tmp_path / "states", stage, 1, trainer=BUSY), tmp_path)[0]:
             assert distance(outcome.weights, alone.weights) < 1e-6
 
 
