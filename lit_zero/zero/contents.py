@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Any
 
@@ -56,6 +57,26 @@ class Contents:
         for lane in self.lanes:
             stepped, lane.stepped = lane.stepped, DONE
             stepped.wait()
+
+    def wait_for_parameters(self) -> None:
+        """Return when the last step is over and replicated parameters are up to date; sharded ones stay where they
+        are.
+        """
+        self.join()
+        for unit in self.units:
+            if not unit.sharded:
+                self._gatherer.need(unit)
+
+    @contextlib.contextmanager
+    def whole_parameters(self, unit: Unit) -> Iterator[None]:
+        """Inside, ``unit``'s full parameters may be read. All ranks together."""
+        unit.active += 1
+        self._gatherer.need(unit)
+        try:
+            yield
+        finally:
+            unit.active -= 1
+            self._gatherer.release(unit)
 
     def parameter_pieces(self, to_load: bool = False) -> list[Piece]:
         """Return this rank's part of every parameter's master copy, in the same order on every rank.

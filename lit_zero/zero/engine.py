@@ -387,22 +387,3 @@ class Engine(Clipping, Contents):
         self.join()
         if self.row.optimizer is Placement.SHARD:
             self._gatherer.invalidate(set(self.lanes))
-
-    # ---- what others may ask
-
-    def wait_for_parameters(self) -> None:
-        """Return when replicated parameters are up to date; sharded ones stay where they are."""
-        for unit in self.units:
-            if not unit.sharded:
-                self._gatherer.need(unit)
-
-    @contextlib.contextmanager
-    def whole_parameters(self, unit: Unit) -> Iterator[None]:
-        """Inside, ``unit``'s full parameters may be read. All ranks together."""
-        unit.active += 1
-        self._gatherer.need(unit)
-        try:
-            yield
-        finally:
-            unit.active -= 1
-            self._gatherer.release(unit)

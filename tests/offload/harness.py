@@ -50,10 +50,11 @@ def trained(
     run: Run = RUN,
     lowering: Lowering | None = None,
     look: Callable[[Engine], Any] | None = None,
+    overlap: bool = True,
     **zero: Any,
 ) -> Outcome:
     """Train; call it on every rank."""
-    keeping = open_keeping(offload or Offload(), CPU)
+    keeping = open_keeping(offload or Offload(), CPU, overlap=overlap)
     return with_engine(run, Zero(stage, **zero), lowering=lowering, look=look, keeping=keeping)
 
 
