@@ -38,6 +38,8 @@ from lit_zero.core.piece import Piece
 
 METADATA = ".metadata"  # DCP's index of a folder
 
+_RUN_BYTES = 32 << 20  # of pieces that are read while they are written
+
 Place = tuple[str | int, ...]  # where a tensor belongs in nested dicts and lists: ("state_dict", "layer.weight")
 
 
@@ -72,28 +74,38 @@ def key_of(place: Place) -> str:
 
 
 def write(folder: Path, stored: Sequence[Stored], rank: int) -> Written:
-    """Write this rank's pieces to one file of its own, flushed to the disk.
+    """Write this rank's pieces to one file of its own, or several for pieces that do not lie in memory, flushed to the
+    disk.
 
     Args:
         folder: where to write; must exist.
         stored: what this rank holds; empty pieces are welcome and write nothing.
         rank: names the file.
     """
-    ranges, items, tensors = [], [], {}
+    ranges, runs, tensors = [], list[list[WriteItem]]([[]]), {}
+    away = 0  # bytes of the last run
     for place, piece in stored:
         shape = tuple(piece.shape)
         ranges.append(Range(place, shape, piece.dtype, piece.start, piece.numel))
+        if not piece.live:  # DCP holds what it has read until the end of a run
+            away += piece.numel * piece.dtype.itemsize
+            if away > _RUN_BYTES:
+                runs.append([])
+                away = piece.numel * piece.dtype.itemsize
         for box in boxes(shape, piece.start, piece.end):
             index = MetadataIndex(key_of(place), torch.Size(box.offsets))
             data = TensorWriteData(_chunk(box), TensorProperties(dtype=piece.dtype), torch.Size(shape))
-            items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
+            runs[-1].append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
             tensors[index] = piece, box
     results: list[Any] = []
-    if items:
+    for number, items in enumerate(each for each in runs if each):
         writer = FileSystemWriter(folder)
         # The writer names a plan's file by the plan's position in the list.
         plan = writer.prepare_global_plan([SavePlan([])] * rank + [SavePlan(items)])[rank]
-        results = writer.write_data(plan, _SavePlanner(tensors)).value()
+        if number:
+            named = dataclasses.replace(plan.storage_data, prefix=f"{plan.storage_data.prefix}{number}_")
+            plan = dataclasses.replace(plan, storage_data=named)
+        results += writer.write_data(plan, _SavePlanner(tensors)).value()
     names = sorted({result.storage_data.relative_path for result in results})
     return Written(ranges, results, {name: (folder / name).stat().st_size for name in names})
 
