@@ -336,6 +336,7 @@ class Engine(Clipping, Contents):
         for binding, lanes, unreached in self._attached:
             binding.refuse_overwritten()
             binding.attach(lanes, unreached)
+        self.keeping.settle()
 
     def _gradient_comes(self) -> None:
         if not self._in_backward:  # the user called loss.backward() without us
