@@ -210,7 +210,9 @@ class Lane(Gradients):
 
     def give_back(self, exchange: Exchange) -> None:
         """Let go of the memory; nothing reads it any more."""
-        mine = [kept.read() for kept in {self.master, self.shard} if kept.live]
+        mine = [self.master.read()] if not self.keeper.away else []
+        if self.keeper.away and self.shard is not self.master and not self.keeper.params:
+            mine = [self.shard.read()]
         if self.row.parameter is Placement.REPLICATE and self.full is not None:
             mine = [self.full, *(mine if self.lowered else [])]
         for tensor in (*mine, self.grad_full):

@@ -163,6 +163,8 @@ def test_validation_and_whole_parameters_between_steps(ranks: Any, tmp_path: Pat
 def looked(stage: str, keeping: Keeping) -> dict[str, torch.Tensor]:
     """Read everything after one step and a backward, write it, step, and read again."""
     engine = build(stage, keeping=keeping)
+    for group in engine.bindings[0].optimizer.param_groups:
+        group["foreach"] = False  # the kernel of no offload
     step(engine, 0)
     engine.backward(engine.model.loss(tokens_of(engine, 1)))
     full, found = Access(engine), {}
@@ -203,4 +205,4 @@ def test_single_parameters_are_read_and_written(ranks: Any, stage: str, tmp_path
     for first, *others in ranks(2).run(look, stage, tmp_path):
         for other in others:
             for key, value in first.items():
-                torch.testing.assert_close(other[key], value, rtol=1e-5, atol=1e-6, msg=key)
+                assert torch.equal(other[key], value), key
