@@ -1,4 +1,4 @@
-"""One rank of one turn of the offload benchmark: ``benchmark_worker.py`` with contenders whose shards live elsewhere."""
+"""One rank of one turn of the benchmark of offload: ``benchmark_worker.py`` with further contenders."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ STAGE3 = ("trainer.devices=1", "zero=stage3")
         ),
         (
             ["zero=none", "offload=cpu"],
-            "offload.where='cpu' moves shards of optimizer state, and with zero.stage='none' there are none: every rank ",
+            "offload.where='cpu' moves shards of optimizer state, and with zero.stage='none' there are none: every",
         ),
         (
             ["offload=cpu", "offload.params=true"],

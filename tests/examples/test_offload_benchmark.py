@@ -34,6 +34,8 @@ def test_kernels_are_timed() -> None:
 
 def test_the_command_prints_both_tables(tmp_path: Path) -> None:
     words = ["--elements", "1000", "--rounds", "1", "--steps", "1", "--warmup", "1", "--sizes", "tiny", "--ranks", "1"]
-    found = run(EXAMPLES / "benchmark_offload.py", *words, "--no-memory", "--only", "stage2", "stage2 disk", cwd=tmp_path)
+    found = run(
+        EXAMPLES / "benchmark_offload.py", *words, "--no-memory", "--only", "stage2", "stage2 disk", cwd=tmp_path
+    )
     assert found.code == 0, found.output
     assert "AdamW on 1,000 elements" in found.output and "| stage2 disk | " in found.output

@@ -49,9 +49,14 @@ def save(trainer: pl.Trainer) -> None:
     trainer.save_checkpoint(Path(trainer.default_root_dir) / "saved.ckpt")
 
 
+def whole_weights(trainer: pl.Trainer) -> dict[str, torch.Tensor]:
+    found = trainer.strategy.full_state_dict()  # type: ignore[attr-defined]
+    return {name: value.clone() for name, value in found.items()}
+
+
 @pytest.mark.parametrize("form", ["full", "sharded"])
 def test_a_checkpoint_knows_nothing_of_offload(ranks: Any, tmp_path: Path, form: str) -> None:
-    whole = Fit({"checkpoint": form}, module=Rich, arguments={"lr": 0.05})
+    whole = Fit({"checkpoint": form}, module=Rich, arguments={"lr": 0.05}, look=whole_weights)
     first = replace(whole, epochs=1, look=save)
     expected = ranks(2).run(train, all_ways(whole, tmp_path)[0], tmp_path / "whole")[0]
     halves = all_ways(first, tmp_path / "states", "stage3")
@@ -60,20 +65,21 @@ def test_a_checkpoint_knows_nothing_of_offload(ranks: Any, tmp_path: Path, form:
         saved = tmp_path / "first" / str(number) / "saved.ckpt"
         second = [replace(fit, resume=saved) for fit in all_ways(whole, tmp_path / "states")]
         for outcome in ranks(2).run(train_all, second, tmp_path / f"second{number}")[0]:
-            assert same_bits(outcome.weights, expected.weights)
+            assert len(outcome.notes) > 20 and same_bits(outcome.notes, expected.notes)
             assert outcome.metrics == expected.metrics
 
 
 def test_adamw_state_survives(ranks: Any, tmp_path: Path) -> None:
-    whole = Fit({"checkpoint": "sharded"}, arguments={"optimizer": "adamw", "lr": 1e-2})
-    alone = train(Fit(arguments=whole.arguments), tmp_path / "alone")
+    arguments = {"optimizer": "adamw", "lr": 1e-2}
+    whole = Fit({"checkpoint": "sharded"}, arguments=arguments, look=whole_weights)
+    alone = train(Fit(arguments=arguments), tmp_path / "alone")
     firsts = all_ways(replace(whole, epochs=1, look=save), tmp_path / "states")
     ranks(2).run(train_all, firsts, tmp_path / "first")
     for number in range(len(firsts)):
         saved = tmp_path / "first" / str(number) / "saved.ckpt"
         second = [replace(fit, resume=saved) for fit in all_ways(whole, tmp_path / "states", "stage3")]
         for outcome in ranks(2).run(train_all, second, tmp_path / f"second{number}")[0]:
-            assert distance(outcome.weights, alone.weights) < 1e-6
+            assert distance(outcome.notes, {name: alone.weights[name] for name in outcome.notes}) < 1e-6
 
 
 # ---- callbacks
