@@ -7,8 +7,8 @@
 
 In both parts the contenders take turns (A B C A B C ...). The first part steps AdamW on one flat tensor of fp32 with
 all cores and says how many bytes a second that is: an element takes 28 (master, two states and gradient are read, all
-but the gradient are written). DeepSpeed's CPUAdam runs where it is installed and can be compiled. The second part trains
-the same GPT with the same batches; ``half`` is ``offload.ratio=0.5``, ``params`` is ``offload.params=true``.
+but the gradient are written). DeepSpeed's CPUAdam runs where it is installed and can be compiled. The second part
+trains the same GPT with the same batches; ``half`` is ``offload.ratio=0.5``, ``params`` is ``offload.params=true``.
 """
 
 from __future__ import annotations
