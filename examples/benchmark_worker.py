@@ -107,7 +107,7 @@ def make_fsdp1(model: nn.Module, turn: Turn, strategy: str) -> Step:
     return _plain_step(wrapped, adamw(wrapped.parameters()))
 
 
-def make_deepspeed(model: nn.Module, turn: Turn, stage: int) -> Step:
+def make_deepspeed(model: nn.Module, turn: Turn, stage: int, **more: Any) -> Step:
     import deepspeed
 
     bucket = max(sum(p.numel() for p in block.parameters()) for block in model.blocks)  # type: ignore[union-attr]
@@ -123,6 +123,7 @@ def make_deepspeed(model: nn.Module, turn: Turn, stage: int) -> Step:
             "stage3_prefetch_bucket_size": bucket,
             "stage3_max_live_parameters": 2 * bucket,
             "stage3_param_persistence_threshold": 0,
+            **more,
         },
     }
     engine, *_ = deepspeed.initialize(model=model, optimizer=adamw(model.parameters()), config=config)
@@ -136,7 +137,7 @@ def make_deepspeed(model: nn.Module, turn: Turn, stage: int) -> Step:
     return step
 
 
-def make_lit_zero(model: nn.Module, turn: Turn, stage: str, slots: int | None = None) -> Step:
+def make_lit_zero(model: nn.Module, turn: Turn, stage: str, slots: int | None = None, **more: Any) -> Step:
     from lit_zero.comm.open import open_exchange
     from lit_zero.comm.policy import Comm
     from lit_zero.zero.engine import Engine
@@ -149,6 +150,7 @@ def make_lit_zero(model: nn.Module, turn: Turn, stage: str, slots: int | None = 
         zero=Zero(stage=stage, slots=slots),
         exchange=open_exchange(Comm(), device),
         device=device,
+        **more,
     )
 
     def step(tokens: Tensor, targets: Tensor) -> Tensor:

@@ -225,16 +225,17 @@ def _engine(trainer: pl.Trainer) -> Any:
 
 
 def _state_bytes(trainer: pl.Trainer) -> dict[str, float]:
-    """What the engine keeps on this rank now: model states, and the buffers in which parts of them take turns. In a
-    pipeline, what it keeps on the rank with the most; all ranks must call this.
+    """What the engine keeps on this rank's device now: model states, and the buffers in which parts of them take turns;
+    and what has left it. In a pipeline, what it keeps on the rank with the most; all ranks must call this.
     """
     strategy: Any = trainer.strategy
     found = dict(strategy.engine.model_state_bytes())
-    buffers = found.pop("slots")
-    kept: list[int] = [sum(found.values()), buffers]
+    elsewhere = [found.pop(key) for key in ("slots", "host", "file")]
+    kept: list[int] = [sum(found.values()), *elsewhere]
     if getattr(getattr(strategy, "pipeline", None), "ranks", 1) > 1:
         kept = strategy.reduce(torch.tensor(kept, device=strategy.root_device), reduce_op="max").tolist()
-    return {"state_bytes_per_rank": kept[0], "buffer_bytes_per_rank": kept[1]}
+    names = ("state_bytes_per_rank", "buffer_bytes_per_rank", "host_bytes_per_rank", "file_bytes_per_rank")
+    return dict(zip(names, kept, strict=True))
 
 
 def _moments(optimizer: torch.optim.Optimizer) -> int:

@@ -14,9 +14,10 @@ def sum_of_powers(tensors: Sequence[torch.Tensor], power: float, device: torch.d
     grouped into tensors by more than fp64 rounding, nor on timing. Nothing waits for the device.
 
     Args:
-        tensors: any shapes, any floating dtype; may be empty.
+        tensors: any shapes, any floating dtype, on any device; may be empty.
         power: at least 1.
         device: where the result lies.
     """
-    parts = [torch.linalg.vector_norm(t, power, dtype=torch.float64) ** power for t in tensors if t.numel()]
+    norms = [torch.linalg.vector_norm(t, power, dtype=torch.float64) for t in tensors if t.numel()]
+    parts = [(norm**power).to(device) for norm in norms]
     return torch.stack(parts).sum() if parts else torch.zeros((), dtype=torch.float64, device=device)

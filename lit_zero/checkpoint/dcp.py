@@ -38,6 +38,8 @@ from lit_zero.core.piece import Piece
 
 METADATA = ".metadata"  # DCP's index of a folder
 
+_RUN_BYTES = 32 << 20  # of pieces that are read while they are written
+
 Place = tuple[str | int, ...]  # where a tensor belongs in nested dicts and lists: ("state_dict", "layer.weight")
 
 
@@ -72,28 +74,38 @@ def key_of(place: Place) -> str:
 
 
 def write(folder: Path, stored: Sequence[Stored], rank: int) -> Written:
-    """Write this rank's pieces to one file of its own, flushed to the disk.
+    """Write this rank's pieces to one file of its own, or several for pieces that do not lie in memory, flushed to the
+    disk.
 
     Args:
         folder: where to write; must exist.
         stored: what this rank holds; empty pieces are welcome and write nothing.
         rank: names the file.
     """
-    ranges, items, tensors = [], [], {}
+    ranges, runs, tensors = [], list[list[WriteItem]]([[]]), {}
+    away = 0  # bytes of the last run
     for place, piece in stored:
         shape = tuple(piece.shape)
-        ranges.append(Range(place, shape, piece.data.dtype, piece.start, piece.data.numel()))
-        for box in boxes(shape, piece.start, piece.start + piece.data.numel()):
+        ranges.append(Range(place, shape, piece.dtype, piece.start, piece.numel))
+        if not piece.live:  # DCP holds what it has read until the end of a run
+            away += piece.numel * piece.dtype.itemsize
+            if away > _RUN_BYTES:
+                runs.append([])
+                away = piece.numel * piece.dtype.itemsize
+        for box in boxes(shape, piece.start, piece.end):
             index = MetadataIndex(key_of(place), torch.Size(box.offsets))
-            data = TensorWriteData(_chunk(box), TensorProperties(dtype=piece.data.dtype), torch.Size(shape))
-            items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
-            tensors[index] = _part(piece, box)
+            data = TensorWriteData(_chunk(box), TensorProperties(dtype=piece.dtype), torch.Size(shape))
+            runs[-1].append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
+            tensors[index] = piece, box
     results: list[Any] = []
-    if items:
+    for number, items in enumerate(each for each in runs if each):
         writer = FileSystemWriter(folder)
         # The writer names a plan's file by the plan's position in the list.
         plan = writer.prepare_global_plan([SavePlan([])] * rank + [SavePlan(items)])[rank]
-        results = writer.write_data(plan, _SavePlanner(tensors)).value()
+        if number:
+            named = dataclasses.replace(plan.storage_data, prefix=f"{plan.storage_data.prefix}{number}_")
+            plan = dataclasses.replace(plan, storage_data=named)
+        results += writer.write_data(plan, _SavePlanner(tensors)).value()
     names = sorted({result.storage_data.relative_path for result in results})
     return Written(ranges, results, {name: (folder / name).stat().st_size for name in names})
 
@@ -154,6 +166,13 @@ class Reader:
         Raises:
             CheckpointError: if a tensor is not in the checkpoint, has another shape, or cannot be read.
         """
+        self._read([each for each in wanted if each.piece.live])
+        for place, piece in (each for each in wanted if not each.piece.live):  # by one, for little memory
+            buffer = torch.empty(piece.numel, dtype=piece.dtype, device="cpu")
+            self._read([Stored(place, dataclasses.replace(piece, data=buffer))])
+            piece.write(buffer)
+
+    def _read(self, wanted: Sequence[Stored]) -> None:
         targets, items = {}, []
         for number, (place, piece) in enumerate(wanted):
             shape = tuple(piece.shape)
@@ -161,7 +180,7 @@ class Reader:
                 raise CheckpointError(
                     f"{key_of(place)!r} is {self.shape(place)} in the checkpoint '{self._folder}', not {shape}."
                 )
-            found = boxes(shape, piece.start, piece.start + piece.data.numel())
+            found = boxes(shape, piece.start, piece.end)
             targets.update({MetadataIndex(str(number), torch.Size(box.offsets)): _part(piece, box) for box in found})
             saved = self._saved(place)
             for item in create_read_items_for_chunk_list(key_of(place), saved, [_chunk(box) for box in found]):
@@ -234,14 +253,14 @@ class _Writer(FileSystemWriter):
 
 
 class _SavePlanner(DefaultSavePlanner):
-    """Tells DCP's writer where the elements of a box lie."""
+    """Gives DCP's writer the elements of a box, when it is about to write them."""
 
-    def __init__(self, tensors: Mapping[MetadataIndex, torch.Tensor]) -> None:
+    def __init__(self, boxes_of: Mapping[MetadataIndex, tuple[Piece, Box]]) -> None:
         super().__init__()
-        self._tensors = tensors
+        self._boxes_of = boxes_of
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
-        return self._tensors[write_item.index]
+        return _part(*self._boxes_of[write_item.index])
 
 
 class _LoadPlanner(DefaultLoadPlanner):
@@ -263,6 +282,6 @@ def _chunk(box: Box) -> ChunkStorageMetadata:
 
 
 def _part(piece: Piece, box: Box) -> torch.Tensor:
-    """Return the elements of a box inside a piece, in the box's shape; a view."""
+    """Return the elements of a box inside a piece, in the box's shape; a view where the piece lies in memory."""
     first = box.start - piece.start
-    return piece.data.detach()[first : first + box.length].view(box.sizes)
+    return piece.part(first, first + box.length).detach().view(box.sizes)

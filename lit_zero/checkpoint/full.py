@@ -214,15 +214,14 @@ def load_optimizer_into(
 
 
 def _copy_range(piece: Piece, whole: torch.Tensor) -> None:
-    with torch.no_grad():
-        piece.data.copy_(whole.detach().reshape(-1)[piece.start : piece.start + piece.data.numel()])
+    piece.write(whole.detach().reshape(-1)[piece.start : piece.end])
 
 
 def _gather(items: Sequence[tuple[Key, Piece]], world: World) -> dict[Key, torch.Tensor]:
     """Bring whole tensors together on rank 0. A rank that holds nothing of a tensor may leave it out of ``items``."""
     # Rank 0 learns who holds what, then tells all in which order the tensors travel: both ends of a transfer must
     # agree on it.
-    held = {key: (piece.start, piece.data.numel(), tuple(piece.shape), piece.data.dtype) for key, piece in items}
+    held = {key: (piece.start, piece.numel, tuple(piece.shape), piece.dtype) for key, piece in items}
     holdings = world.gather_object_to_zero(held)
     order: list[Key] = on_zero(world, "Gathering a checkpoint", lambda: _order(holdings or []))
     pieces = dict(items)
@@ -230,11 +229,11 @@ def _gather(items: Sequence[tuple[Key, Piece]], world: World) -> dict[Key, torch
     for key in order:
         if holdings is None:
             if key in pieces:
-                world.gather_to_zero(pieces[key].data, [])
+                world.gather_to_zero(pieces[key].read(), [])
             continue
         ranges = [h[key][:2] if key in h else (0, 0) for h in holdings]
         _, _, shape, dtype = next(h[key] for h in holdings if key in h)
-        own = pieces[key].data if key in pieces else torch.empty(0, dtype=dtype, device="cpu")
+        own = pieces[key].read() if key in pieces else torch.empty(0, dtype=dtype, device="cpu")
         flat = torch.empty(sum(n for _, n in ranges), dtype=dtype, device="cpu")
         parts = world.gather_to_zero(own, [n for _, n in ranges]) or []
         for (start, length), part in zip(ranges, parts, strict=True):

@@ -37,8 +37,8 @@ class OptimizerParts:
         """
         found = {}
         for state in self.states:
-            first = any(p.start == 0 and p.data.numel() for p in state.tensors.values())
-            if state.scalars and (first or (rank == 0 and not any(p.data.numel() for p in state.tensors.values()))):
+            first = any(p.start == 0 and p.numel for p in state.tensors.values())
+            if state.scalars and (first or (rank == 0 and not any(p.numel for p in state.tensors.values()))):
                 found[state.index] = {k: on_host(v) for k, v in state.scalars.items()}
         return found
 

@@ -211,6 +211,8 @@ class DirectExchange(Exchange):
         return full.view(self.size, *value.shape)
 
     def _gather(self, lanes: Sequence[Gather]) -> None:
+        for lane in lanes:
+            lane.ready.wait()
         places = self._places([lane.own for lane in lanes], 1)
         far = [peer for peer in self._peers if not places or peer not in self._near]
         works = []

@@ -9,23 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
+from lit_zero.core.ticket import DONE, Done, Ticket
 
-class Ticket(Protocol):
-    """A call under way."""
-
-    def wait(self) -> None:
-        """Return once the results may be used by the caller (on a GPU: by what the caller launches next)."""
-
-
-class Done:
-    """The ticket of a call that finished at once."""
-
-    def wait(self) -> None:
-        """Return at once."""
+__all__ = ["Counters", "Done", "Exchange", "Gather", "Reduce", "Ticket", "finish_sum"]
 
 
 @dataclass(frozen=True)
@@ -35,10 +24,12 @@ class Gather:
     Attributes:
         full: receives the whole lane, shape ``[world * n]``.
         own: this rank's part, shape ``[n]``; may be the rank's own slice of ``full`` or lie elsewhere.
+        ready: what brings ``own``; it is waited for before ``own`` is read.
     """
 
     full: torch.Tensor
     own: torch.Tensor
+    ready: Ticket = DONE
 
 
 @dataclass(frozen=True)
@@ -105,9 +96,9 @@ class Exchange:
 
     def all_gather(self, lanes: Sequence[Gather]) -> Ticket:
         """Fill every lane's ``full`` with all ranks' ``own``, in rank order."""
-        for lane in lanes:
-            if lane.full.data_ptr() != lane.own.data_ptr():
-                lane.full.copy_(lane.own)
+        if any(lane.ready is not DONE for lane in lanes):
+            return _Arriving(lanes)  # what brings them runs beside the computation
+        _fill(lanes)
         return Done()
 
     def reduce_scatter(self, lanes: Sequence[Reduce]) -> Ticket:
@@ -142,6 +133,26 @@ class Exchange:
 
     def close(self) -> None:
         """Wait for what is under way and end threads; the exchange is not used afterwards."""
+
+
+class _Arriving:
+    """The ticket of a gather of one rank whose own part is still to come."""
+
+    def __init__(self, lanes: Sequence[Gather]) -> None:
+        self._lanes = lanes
+
+    def wait(self) -> None:
+        for lane in self._lanes:
+            lane.ready.wait()
+        _fill(self._lanes)
+        self._lanes = []
+
+
+def _fill(lanes: Sequence[Gather]) -> None:
+    with torch.no_grad():
+        for lane in lanes:
+            if lane.full.data_ptr() != lane.own.data_ptr():
+                lane.full.copy_(lane.own)
 
 
 def finish_sum(lane: Reduce, total: torch.Tensor) -> None:

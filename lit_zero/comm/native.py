@@ -73,6 +73,8 @@ class NativeExchange(Exchange):
 
     def all_gather(self, lanes: Sequence[Gather]) -> Ticket:
         self.counters.gathers += 1
+        for lane in lanes:
+            lane.ready.wait()
         with torch.no_grad(), self._gathers.enter():
             for lane in lanes:
                 self.counters.count(lane.own, self.size - 1)

@@ -119,6 +119,29 @@ class ActivationPartition(ActivationFull):
     ranks: int | None = MISSING
 
 
+class OffloadNone(Target):
+    """``offload=none``."""
+
+    where: str = MISSING
+
+
+@dataclass
+class OffloadCpu(OffloadNone):
+    """``offload=cpu``."""
+
+    params: bool = MISSING
+    ratio: float = MISSING
+    limit: int | None = MISSING
+
+
+@dataclass
+class OffloadDisk(OffloadCpu):
+    """``offload=disk``."""
+
+    folder: str = MISSING
+    chunk: int | None = MISSING
+
+
 @dataclass
 class PrecisionTrue32(Target):
     """``precision=32-true`` and ``precision=64-true``: one dtype everywhere, so nothing to choose."""
@@ -262,6 +285,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "budget": ActivationBudget,
         "partition": ActivationPartition,
     },
+    "offload": {"none": OffloadNone, "cpu": OffloadCpu, "disk": OffloadDisk},
     "precision": {"32-true": PrecisionTrue32, "16-true": PrecisionTrue16, "mixed": PrecisionMixed},
     "optimizer": {"adam": AdamSchema, "sgd": SGDSchema},
     "scheduler": {"cosine": CosineSchema, "constant": ConstantSchema},

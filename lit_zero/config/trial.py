@@ -175,7 +175,7 @@ def _check_metrics(cfg: DictConfig) -> None:
 
 def _check_alone(cfg: DictConfig, strategy: Any) -> None:
     """Refuse settings of what ranks share that hold the same stages, where no two ranks do."""
-    if strategy.parallel_devices is None or strategy.data_parallel_size > 1:
+    if strategy.parallel_devices is None or strategy.data_parallel_size > 1 or strategy.offload.away:
         return
     for key, default in (("zero.slots", None), ("zero.poison", False)):
         value = _value(cfg, key)
@@ -198,11 +198,14 @@ def _check_effect(cfg: DictConfig, strategy: Any) -> None:
         )
     if strategy is not None and piped:
         _check_alone(cfg, strategy)
+    if strategy is not None and strategy.offload.away:
+        _call("offload", strategy.offload.check_folder)
     if _value(cfg, "trainer.devices") not in (1, "1", [0]) or _value(cfg, "trainer.num_nodes") not in (None, 1):
         return
+    apart = _value(cfg, "offload.where") not in (None, "none")  # then one process has shards too
     for key, default in (("zero.slots", None), ("zero.poison", False), ("comm.overlap", True)):
         value = _value(cfg, key)
-        if value is not None and value != default:
+        if value is not None and value != default and not (apart and key.startswith("zero.")):
             raise ConfigError(
                 f"{key}={str(value).lower()} has no effect with trainer.devices=1: one process exchanges nothing. "
                 f"Remove {key}, or raise trainer.devices."

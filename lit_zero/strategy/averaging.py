@@ -42,8 +42,15 @@ class Live:
         self._pieces: list[Piece] = self.engine.parameter_pieces()
 
     def parameters(self) -> Iterator[torch.Tensor]:
-        """Yield this rank's part of every parameter's master, flat."""
-        return (piece.data for piece in self._pieces)
+        """Yield this rank's part of every parameter's master, flat; a copy of what does not lie in memory."""
+        self.engine.join()
+        return (piece.read() for piece in self._pieces)
+
+    def pieces(self) -> list[Piece]:
+        """Return this rank's part of every parameter's master, and then the buffers, to be read and written."""
+        self.engine.join()
+        buffers = [Piece("", tuple(buffer.shape), 0, buffer) for buffer in self.buffers()]
+        return [*self._pieces, *buffers]
 
     def buffers(self) -> Iterator[torch.Tensor]:
         """Yield the module's buffers, whole."""
@@ -92,10 +99,10 @@ class Average(AveragedModel):
         found = self.live.state_dict_of(self.module)
         return {"n_averaged": self.n_averaged, **{f"module.{name}": value for name, value in found.items()}}
 
-    def pairs(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield each averaged tensor with the one that is being trained."""
+    def pairs(self) -> Iterator[tuple[torch.Tensor, Piece]]:
+        """Yield each averaged tensor with what is being trained."""
         averages = chain(self.module.parameters(), self.module.buffers())
-        return zip(averages, chain(self.live.parameters(), self.live.buffers()), strict=True)
+        return zip(averages, self.live.pieces(), strict=True)
 
 
 class StochasticAverage(nn.Module):
@@ -152,7 +159,7 @@ class WeightAveragingOnShards(OnShards):
             if self._average_model is not None:  # a checkpoint is loaded in the middle of a run, as a tuner does
                 with torch.no_grad():
                     for average, current in self._average_model.pairs():
-                        average.copy_(current)
+                        average.copy_(current.read())
                 self._restore(pl_module)
         else:
             rank_zero_warn(
@@ -178,13 +185,13 @@ class WeightAveragingOnShards(OnShards):
         with rewriting(self._average_model.live.engine):
             for average, current in self._average_model.pairs():
                 kept = average.clone()
-                average.copy_(current)
-                current.copy_(kept)
+                average.copy_(current.read())
+                current.write(kept)
 
     def _copy_average_to_current(self, pl_module: Any) -> None:
         with rewriting(self._average_model.live.engine):
             for average, current in self._average_model.pairs():
-                current.copy_(average)
+                current.write(average)
 
 
 class StochasticOnShards(OnShards):
@@ -230,7 +237,8 @@ class StochasticOnShards(OnShards):
 
     def transfer_weights(self, src_pl_module: Any, dst_pl_module: Any) -> None:
         with rewriting(src_pl_module.live.engine):
-            super().transfer_weights(src_pl_module, src_pl_module.live)  # type: ignore[misc]
+            for average, current in zip(src_pl_module.parameters(), src_pl_module.live.pieces(), strict=False):
+                current.write(average)
 
 
 def _require_elementwise(callback: Any, formula: Mapping[str, Any]) -> None:

@@ -25,6 +25,8 @@ from lit_zero.comm.batch_norm import serve_the_cpu
 from lit_zero.comm.open import open_exchange
 from lit_zero.comm.policy import Comm
 from lit_zero.core.errors import LitZeroError, UnsupportedError
+from lit_zero.offload.open import open_keeping
+from lit_zero.offload.policy import Offload
 from lit_zero.precision.policy import Lowering, Precision
 from lit_zero.strategy import fabric_checkpoints
 from lit_zero.strategy.activations import Activations
@@ -73,6 +75,7 @@ class FabricZeroStrategy(Ranked, fabric_strategies.ParallelStrategy):
         comm: how bytes travel.
         activation: what lives between forward and backward.
         checkpoint: format of what is written.
+        offload: where shards live between uses.
         nonfinite_loss: what becomes of a loss that is NaN or infinite.
         timeout: seconds, or a timedelta, that a collective waits for a rank that does not come.
         process_group_backend: by default what serves the device.
@@ -93,6 +96,7 @@ class FabricZeroStrategy(Ranked, fabric_strategies.ParallelStrategy):
         precision: Precision | None = None,
         comm: Comm | None = None,
         checkpoint: str | Checkpoint = "full",
+        offload: str | Offload = "none",
         nonfinite_loss: Literal["error", "ignore"] = "error",
         timeout: float | timedelta = 1800.0,
         process_group_backend: str | None = None,
@@ -105,7 +109,9 @@ class FabricZeroStrategy(Ranked, fabric_strategies.ParallelStrategy):
             if value != default:
                 raise UnsupportedError(f"{name}={value!r} has no effect in Fabric: {advice}. Leave it out.")
         super().__init__(**kwargs)
-        self._settle(zero, precision, comm, checkpoint, nonfinite_loss, "error", timeout, process_group_backend)
+        self._settle(
+            zero, precision, comm, checkpoint, offload, nonfinite_loss, "error", timeout, process_group_backend
+        )
         self.activations = Activations(activation)
         self._managed = Managed()
         self._backward_sync_control = _NoReduce(self._managed)
@@ -209,6 +215,7 @@ class FabricZeroStrategy(Ranked, fabric_strategies.ParallelStrategy):
             exchange=open_exchange(self.comm, self.root_device, lowering.reduce_dtype, self.timeout),
             device=self.root_device,
             lowering=lowering,
+            keeping=open_keeping(self.offload, self.root_device, self.is_global_zero, self.comm.overlap),
             keep_gradients=True,  # the loop is the user's own: they stay until zero_grad, as in torch
         )
         refuse_tensors_without_memory(module)

@@ -201,7 +201,7 @@ def _save_sharded(path: Any, state: Mapping[str, Any], filters: Filter, managed:
     entries = each.checkpoints.entries()
     pieces = entries.pieces(each.engine.parameter_pieces())
     # No rank has the whole values: a filter that reads them must fail, not decide differently on every rank.
-    kept = {p.name for p in pieces if wanted(p.name, torch.empty(tuple(p.shape), dtype=p.data.dtype, device="meta"))}
+    kept = {p.name for p in pieces if wanted(p.name, torch.empty(tuple(p.shape), dtype=p.dtype, device="meta"))}
     sharded.save(
         path,
         weights=[piece for piece in pieces if piece.name in kept],

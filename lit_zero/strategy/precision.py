@@ -65,7 +65,10 @@ class _AgreeingScaler(torch.amp.GradScaler):
         # Gradients are views that share one buffer with others of the group, so they are not grouped by storage here.
         found = super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16)
         engine = self._engine()
-        flag = next(iter(found.values())) if found else torch.zeros(1, device=engine.device)
+        flags = [here.to(engine.device) for here in found.values()]  # by device
+        flag = flags[0] if flags else torch.zeros(1, device=engine.device)
+        for other in flags[1:]:
+            flag = torch.maximum(flag, other)
         flag = engine.everyone.maximum(flag)
         self.skipped[id(optimizer)] = bool(flag.item())
         return {flag.device: flag}

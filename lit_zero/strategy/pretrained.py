@@ -176,7 +176,10 @@ class Weights:
         for piece in engine.parameter_pieces(to_load=True):
             name = stored[piece.name]
             if name is not None:
-                self._source.read(name, piece.start, piece.data)
+                values = piece.read()
+                self._source.read(name, piece.start, values)
+                if not piece.live:
+                    piece.write(values)
         for owner, key, name in self._places:
             self._source.read(name, 0, _tensor(owner, key).view(-1))
         self._source.close()

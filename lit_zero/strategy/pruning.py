@@ -61,7 +61,7 @@ class PruningOnShards(OnShards):
         self._parameters_to_prune = self.filter_parameters_to_prune(found)  # type: ignore[attr-defined]
         self._names = self._names_of(pl_module)
         pieces = self._pieces() if self._use_lottery_ticket_hypothesis else []
-        self._initial = [piece.data.clone() for piece in pieces]
+        self._initial = [piece.read().clone() for piece in pieces]
         self._handles = [self._before_others(binding.optimizer) for binding in self._engine.bindings]
         super().on_fit_start(trainer, pl_module)  # type: ignore[misc]
 
@@ -102,9 +102,10 @@ class PruningOnShards(OnShards):
                 continue
             lane, part = places[name]
             if lane not in self._masks:
-                self._masks[lane] = torch.ones(lane.master.numel(), dtype=torch.bool, device=lane.device)
+                place = "cpu" if lane.keeper.away else lane.device
+                self._masks[lane] = torch.ones(lane.master.numel, dtype=torch.bool, device=place)
             own = mask.view(-1)[part.start : part.start + part.length]
-            self._masks[lane][part.local : part.local + part.length] = own.to(lane.device)
+            self._masks[lane][part.local : part.local + part.length] = own.to(self._masks[lane].device)
         with rewriting(self._engine, whole=True):
             self._mask_masters()
 
@@ -126,9 +127,14 @@ class PruningOnShards(OnShards):
             self._whole[name] = getattr(stand_in, f"{attribute}_mask").bool()
 
     def _mask_masters(self) -> None:
+        self._engine.join()
         with torch.no_grad():
             for lane, mask in self._masks.items():
-                lane.master.mul_(mask)
+                masked = lane.master.read().mul_(mask)
+                if not lane.master.live:
+                    lane.master.write(0, masked)
+                if lane.keeper.away:  # else the engine does it after a step
+                    lane.publish()
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Mask the gradients, before they are clipped."""
@@ -143,7 +149,7 @@ class PruningOnShards(OnShards):
         """Reset what is left to its initial values."""
         with rewriting(self._engine, whole=True):
             for piece, initial in zip(self._pieces(), self._initial, strict=True):
-                piece.data.copy_(initial)
+                piece.write(initial)
             self._mask_masters()
 
     # ---- checkpoints

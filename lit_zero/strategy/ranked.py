@@ -19,12 +19,13 @@ from lit_zero.comm import process_group
 from lit_zero.comm.meeting import open_store
 from lit_zero.comm.policy import Comm
 from lit_zero.core.errors import LitZeroError, check_choice
+from lit_zero.offload.policy import Offload
 from lit_zero.precision.policy import Precision
 from lit_zero.strategy.activations import Activations
 from lit_zero.strategy.arguments import duration, instance
 from lit_zero.strategy.flavour import _init_dist_connection, fabric_rank_zero_only, rank_zero_only, reset_seed
-from lit_zero.strategy.refusals import refuse_other_size, refuse_surplus_rank
-from lit_zero.zero.policy import Placement, Zero
+from lit_zero.strategy.refusals import refuse_offload_without_shards, refuse_other_size, refuse_surplus_rank
+from lit_zero.zero.policy import Placement, Row, Zero
 
 if TYPE_CHECKING:
     from typing import Any as _Base
@@ -49,6 +50,7 @@ class Ranked(_Base):
         precision: Precision | None,
         comm: Comm | None,
         checkpoint: str | Checkpoint,
+        offload: str | Offload,
         nonfinite_loss: str,
         nonfinite_norm: str,
         timeout: float | timedelta,
@@ -61,6 +63,8 @@ class Ranked(_Base):
         self.checkpoint_policy = (
             Checkpoint(checkpoint) if isinstance(checkpoint, str) else instance("checkpoint", checkpoint, Checkpoint)
         )
+        self.offload = Offload(offload) if isinstance(offload, str) else instance("offload", offload, Offload)
+        refuse_offload_without_shards(self.offload, self.zero)
         check_choice("nonfinite_loss", nonfinite_loss, ("error", "ignore"))
         check_choice("nonfinite_norm", nonfinite_norm, ("error", "ignore"))
         self._nonfinite_loss, self._nonfinite_norm = nonfinite_loss, nonfinite_norm
@@ -73,7 +77,7 @@ class Ranked(_Base):
         """Return whether modules are built on the meta device: if parameters are sharded, no rank ever holds the full
         model.
         """
-        return self.zero.row.over(self.data_parallel_size).parameter is Placement.SHARD and empty_init is not False
+        return self.row.parameter is Placement.SHARD and empty_init is not False
 
     def refuse_loss(self, loss: torch.Tensor, plugin: Any, when: str = "", then: str = "") -> None:
         """Stop before a loss that is no number reaches a weight, unless the user wants it or a loss scaler sees to it.
@@ -108,6 +112,11 @@ class Ranked(_Base):
             ConfigError: naming what is not there.
         """
         check_fit(module, self.activation, self.zero.units)
+
+    @property
+    def row(self) -> Row:
+        """What the ZeRO stage means on these ranks."""
+        return self.zero.row.over(self.data_parallel_size, self.offload.away)
 
     @property
     def root_device(self) -> torch.device:

@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from lit_zero.core.errors import ConfigError, UnsupportedError, check_local
+from lit_zero.offload.policy import Offload
 from lit_zero.strategy.flavour import TorchCheckpointIO
+from lit_zero.zero.policy import Placement, Zero
 
 _SAME_DEVICES = (
     "Give every Trainer of a script the same devices and num_nodes, or train with another number in a script of its "
@@ -60,6 +62,25 @@ def refuse_storage_options(options: Any) -> None:
         raise ConfigError(
             f"storage_options={options!r} has no effect: ZeroStrategy writes checkpoints to file systems itself. "
             "Remove it."
+        )
+
+
+def refuse_offload_without_shards(offload: Offload, zero: Zero) -> None:
+    """Check that what is to leave the device is sharded.
+
+    Raises:
+        ConfigError: if not.
+    """
+    if offload.away and zero.row.optimizer is Placement.REPLICATE:
+        raise ConfigError(
+            f"offload.where={offload.where!r} moves shards of optimizer state, and with zero.stage={zero.stage!r} "
+            "there are none: every rank keeps it whole. Use zero.stage='stage1' or higher, on one process too, or "
+            "offload=none."
+        )
+    if offload.params and zero.row.parameter is Placement.REPLICATE:
+        raise ConfigError(
+            f"offload.params=True has no effect with zero.stage={zero.stage!r}: every rank keeps all parameters on its "
+            "device there. Remove offload.params, or use zero.stage='stage3'."
         )
 
 

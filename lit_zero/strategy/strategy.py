@@ -17,6 +17,8 @@ from lit_zero.comm.open import open_exchange
 from lit_zero.comm.policy import Comm
 from lit_zero.comm.roll_call import RollCall
 from lit_zero.core.errors import LitZeroError, check_choice
+from lit_zero.offload.open import open_keeping
+from lit_zero.offload.policy import Offload
 from lit_zero.pipeline.policy import Pipeline
 from lit_zero.precision.policy import Lowering, Precision
 from lit_zero.strategy.activations import Activations
@@ -67,6 +69,8 @@ class ZeroStrategy(BecomesFabric, Loading, Piping):
             every rank runs the whole module.
         activation: what lives between forward and backward, a word or an
             :class:`~lit_zero.activation.policy.Activation`. ``"none"``: all that autograd saves.
+        offload: where shards live between uses: ``"none"`` (on the device), ``"cpu"``, or an
+            :class:`~lit_zero.offload.policy.Offload` with more to say.
         nonfinite_loss: ``"error"``: a loss that is NaN or infinite ends the run before it can reach a weight (not in
             ``16-mixed``, where the loss scaler skips the step). ``"ignore"``: train on, as Lightning does.
         nonfinite_norm: ``"error"``: a gradient norm that is to be clipped and is NaN or infinite ends the run before it
@@ -98,6 +102,7 @@ class ZeroStrategy(BecomesFabric, Loading, Piping):
         checkpoint: str | Checkpoint = "full",
         pipeline: str | Pipeline = "none",
         activation: str | Activation = "none",
+        offload: str | Offload = "none",
         nonfinite_loss: Literal["error", "ignore"] = "error",
         nonfinite_norm: Literal["error", "ignore"] = "error",
         timeout: float | timedelta = 1800.0,
@@ -109,7 +114,9 @@ class ZeroStrategy(BecomesFabric, Loading, Piping):
         self._remember(locals())
         new_job()
         super().__init__(evaluation, **kwargs)
-        self._settle(zero, precision, comm, checkpoint, nonfinite_loss, nonfinite_norm, timeout, process_group_backend)
+        self._settle(
+            zero, precision, comm, checkpoint, offload, nonfinite_loss, nonfinite_norm, timeout, process_group_backend
+        )
         self.activations = Activations(activation)
         check_choice("start_method", start_method, ("popen", "spawn", "fork", "forkserver"))
         self._start_method = start_method
@@ -224,6 +231,7 @@ class ZeroStrategy(BecomesFabric, Loading, Piping):
             lowering=lowering,
             training=fitting,
             keep_gradients=fitting and not module.automatic_optimization,
+            keeping=open_keeping(self.offload, self.root_device, self.is_global_zero, self.comm.overlap),
             **pieces,
         )
         self.stages.attach(self._engine)

@@ -13,8 +13,10 @@ from torch import nn
 
 from lit_zero.comm.exchange import Gather
 from lit_zero.core.errors import LitZeroError, did_you_mean
+from lit_zero.core.keeping import Kept
 from lit_zero.zero.binding import Binding, Segment
-from lit_zero.zero.lane import Lane, ParamInfo
+from lit_zero.zero.info import ParamInfo
+from lit_zero.zero.lane import Lane
 
 if TYPE_CHECKING:
     from lit_zero.zero.engine import Engine
@@ -35,13 +37,13 @@ class Access:
     def parameter(self, which: str | nn.Parameter) -> torch.Tensor:
         """Return a copy of a parameter's master, in its own shape and dtype (fp32 in mixed modes)."""
         info = self._find(which)
-        return self._whole(info, lambda lane: lambda lo, hi: lane.master[lo:hi], info.master_dtype)
+        return self._whole(info, lambda lane: lambda lo, hi: lane.master.part(lo, hi).read(), info.master_dtype)
 
     def set_parameter(self, which: str | nn.Parameter, value: torch.Tensor) -> None:
         """Overwrite a parameter with ``value``, which has its shape and is the same on every rank."""
         info = self._find(which)
         place = self._place(info)
-        self._write(info, value, lambda lane: lambda lo, hi: lane.master[lo:hi])
+        self._write(info, value, lambda lane: lambda lo, hi: [(0, lane.master.part(lo, hi))])
         self._engine.refresh([] if place is None else [place[0]])
 
     def gradient(self, which: str | nn.Parameter) -> torch.Tensor | None:
@@ -89,6 +91,7 @@ class Access:
     # ---- where things are
 
     def _find(self, which: str | nn.Parameter) -> ParamInfo:
+        self._engine.join()
         name = self._engine.aliases.get(which, which) if isinstance(which, str) else None
         infos = self._engine.infos
         for info in infos:
@@ -143,8 +146,8 @@ class Access:
             )
         return _DTYPES[number - 1]
 
-    def _state_reader(self, key: str) -> Callable[[Segment], torch.Tensor]:
-        return lambda segment: self._states(segment)[key].view(-1)
+    def _state_reader(self, key: str) -> Callable[[Segment], Kept]:
+        return lambda segment: segment.values(key, self._states(segment)[key])
 
     # ---- whole and part
 
@@ -185,7 +188,7 @@ class Access:
         self,
         info: ParamInfo,
         value: torch.Tensor,
-        cutter: Callable[[Lane], Callable[[int, int], list[tuple[int, torch.Tensor]] | torch.Tensor]],
+        cutter: Callable[[Lane], Callable[[int, int], list[tuple[int, Kept]]]],
     ) -> None:
         if tuple(value.shape) != tuple(info.shape):
             raise LitZeroError(
@@ -196,16 +199,14 @@ class Access:
             return
         lane, index = place
         entry = lane.layout.entries[index]
-        flat = value.detach().reshape(-1).to(lane.device)
+        flat = value.detach().reshape(-1)
         lo = max(entry.offset, lane.master_start)
         hi = min(entry.end, lane.master_end)
         if lo >= hi:
             return
-        found = cutter(lane)(lo - lane.master_start, hi - lane.master_start)
-        pieces = [(0, found)] if isinstance(found, torch.Tensor) else found
-        for start, piece in pieces:
+        for start, piece in cutter(lane)(lo - lane.master_start, hi - lane.master_start):
             first = lo - entry.offset + start
-            piece.copy_(flat[first : first + piece.numel()])
+            piece.write(0, flat[first : first + piece.numel])
 
     def _anywhere(self, here: bool) -> bool:
         """Return whether it holds on any rank."""
@@ -217,23 +218,21 @@ class Access:
         return int(self._engine.everyone.maximum(flag).item())
 
 
-def _grad(segment: Segment) -> torch.Tensor:
+def _grad(segment: Segment) -> Kept:
     grad = segment.param.grad
     assert grad is not None
-    return grad.view(-1)
+    return Kept(grad.view(-1))
 
 
-def _cut(
-    segments: list[Segment], lo: int, hi: int, read: Callable[[Segment], torch.Tensor]
-) -> list[tuple[int, torch.Tensor]]:
+def _cut(segments: list[Segment], lo: int, hi: int, read: Callable[[Segment], Kept]) -> list[tuple[int, Kept]]:
     """Return the parts of ``[lo, hi)`` of the lane's master that segments hold, each with its start in the range."""
     parts = []
     for segment in segments:
         first, last = max(lo, segment.first), min(hi, segment.last)
         if first < last:
-            parts.append((first - lo, read(segment)[first - segment.first : last - segment.first]))
+            parts.append((first - lo, read(segment).part(first - segment.first, last - segment.first)))
     return parts
 
 
-def _read(segments: list[Segment], lo: int, hi: int, read: Callable[[Segment], torch.Tensor]) -> torch.Tensor:
-    return torch.cat([part for _, part in _cut(segments, lo, hi, read)])
+def _read(segments: list[Segment], lo: int, hi: int, read: Callable[[Segment], Kept]) -> torch.Tensor:
+    return torch.cat([part.read() for _, part in _cut(segments, lo, hi, read)])

@@ -11,8 +11,10 @@ from torch import nn
 from lit_zero.comm.exchange import Exchange, Gather
 from lit_zero.core.errors import LitZeroError, UnsupportedError
 from lit_zero.core.holding import Holding
+from lit_zero.core.keeping import Keeping
 from lit_zero.precision.policy import Lowering
-from lit_zero.zero.lane import Lane, ParamInfo
+from lit_zero.zero.info import ParamInfo
+from lit_zero.zero.lane import Lane
 from lit_zero.zero.materialize import is_empty, materialize, on_meta
 from lit_zero.zero.policy import Placement, Row
 from lit_zero.zero.unit import Parameters, Unit
@@ -72,6 +74,7 @@ def build_lanes(
     device: torch.device,
     lowering: Lowering,
     holding: Holding,
+    keeping: Keeping,
 ) -> list[Lane]:
     """Allocate lanes for those parameters of one unit that are held here: one for each dtype, trainability, optimizer
     and set of holders, large ones cut into parts.
@@ -84,6 +87,7 @@ def build_lanes(
         device: where the memory lies.
         lowering: dtypes of the run.
         holding: which ranks of a pipeline hold what.
+        keeping: where masters live.
     """
     kinds: dict[tuple[Any, ...], list[ParamInfo]] = {}
     for info in infos:
@@ -102,6 +106,7 @@ def build_lanes(
             lowering.gradient_dtype(run[0].compute_dtype, run[0].master_dtype),
             hold,
             holding.counts(run[0].holders),
+            keeping,
         )
         for alike in kinds.values()
         for run in cut_evenly(alike)

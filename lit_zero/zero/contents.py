@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Any
 
 import torch
 
 from lit_zero.core.piece import ParamState, Piece
+from lit_zero.core.ticket import DONE
 from lit_zero.zero.binding import Binding
 from lit_zero.zero.gathering import Gatherer
-from lit_zero.zero.lane import Lane, ParamInfo, storage_bytes
+from lit_zero.zero.info import ParamInfo
+from lit_zero.zero.lane import Lane, storage_bytes
 from lit_zero.zero.reducing import Reducer
 from lit_zero.zero.unit import Unit
 
@@ -34,6 +37,7 @@ class Contents:
     _gatherer: Gatherer
     _reducer: Reducer
     _gradient_bytes: int
+    _host_gradient_bytes: int
 
     @property
     def infos(self) -> list[ParamInfo]:
@@ -48,12 +52,39 @@ class Contents:
         """All lanes of all units."""
         return [lane for unit in self.units for lane in unit.lanes]
 
+    def join(self) -> None:
+        """Return when the last step is over [Note: the step beside the next forward]; raise what it has raised."""
+        for lane in self.lanes:
+            stepped, lane.stepped = lane.stepped, DONE
+            stepped.wait()
+
+    def wait_for_parameters(self) -> None:
+        """Return when the last step is over and replicated parameters are up to date; sharded ones stay where they
+        are.
+        """
+        self.join()
+        for unit in self.units:
+            if not unit.sharded:
+                self._gatherer.need(unit)
+
+    @contextlib.contextmanager
+    def whole_parameters(self, unit: Unit) -> Iterator[None]:
+        """Inside, ``unit``'s full parameters may be read. All ranks together."""
+        unit.active += 1
+        self._gatherer.need(unit)
+        try:
+            yield
+        finally:
+            unit.active -= 1
+            self._gatherer.release(unit)
+
     def parameter_pieces(self, to_load: bool = False) -> list[Piece]:
         """Return this rank's part of every parameter's master copy, in the same order on every rank.
 
         Args:
             to_load: all that this rank holds, as a destination; else every element belongs to exactly one rank.
         """
+        self.join()
         here = [piece for lane in self.lanes for piece in lane.pieces(to_load)]
         nothing = [
             Piece(info.name, info.shape, 0, torch.empty(0, dtype=info.master_dtype, device=self.device))
@@ -68,6 +99,7 @@ class Contents:
             index: number of the optimizer.
             gather: returns every rank's value of an object, in rank order.
         """
+        self.join()
         described: dict[str, Any] = {}
         for found in gather(self.bindings[index].describe()):
             described.update(found)
@@ -75,20 +107,40 @@ class Contents:
 
     def optimizer_pieces(self, index: int, described: dict[str, Any], to_load: bool = False) -> list[ParamState]:
         """Return this rank's part of optimizer ``index``'s state, see :meth:`parameter_pieces`."""
+        self.join()
         return self.bindings[index].states(described, to_load)
+
+    def _count_gradients(self) -> None:
+        """Note the bytes of the gradients as they are now."""
+        seen: set[int] = set()
+        here = [lane.grad_full for lane in self.lanes]
+        here += [lane.grad_own for lane in self.lanes if not lane.keeper.away]
+        segments = [segment for binding in self.bindings for segment in binding.segments]
+        here += [segment.param.grad for segment in segments if not segment.lane.keeper.away]
+        away = [*(lane.grad_own for lane in self.lanes), *(segment.param.grad for segment in segments)]
+        self._gradient_bytes = storage_bytes((grad for grad in here if grad is not None), seen)
+        self._host_gradient_bytes = storage_bytes((grad for grad in away if grad is not None), seen)
 
     def model_state_bytes(self) -> dict[str, int]:
         """Return the bytes of model states on this rank, counted from storages, each once.
 
         Returns:
-            ``parameter``, ``master``, ``gradient`` and ``optimizer``: the model states of the ZeRO paper; gradients as
-            they stood between the last backward and its step. ``slots``: buffers in which gathered parameters and
-            landing gradients take turns, at their most.
+            ``parameter``, ``master``, ``gradient`` and ``optimizer``: the model states of the ZeRO paper, as far as
+            they lie on the device; gradients as they stood between the last backward and its step. ``slots``: buffers
+            in which gathered parameters and landing gradients take turns, at their most. ``host`` and ``file``: the
+            states that lie there instead; the gradients of masters in files wait in host memory too.
         """
+        self.join()
         seen: set[int] = set()
         tensors = [lane.state_tensors() for lane in self.lanes]
         found = {kind: storage_bytes(chain(*(t[kind] for t in tensors)), seen) for kind in ("parameter", "master")}
         found["gradient"] = self._gradient_bytes
         found["optimizer"] = storage_bytes(chain(*(binding.state_tensors() for binding in self.bindings)), seen)
+        found["host"], found["file"] = self._host_gradient_bytes, 0
+        kept = [(lane.keeper.place, each) for lane in self.lanes for each in lane.kept()]
+        for binding in self.bindings:
+            kept += [(s.lane.keeper.place, each) for s in binding.segments for each in s.kept.values()]
+        for place, each in kept:
+            found[place] += each.nbytes
         found["slots"] = storage_bytes([s.buffer for s in self._gatherer.slots], seen) + self._reducer.peak_bytes
         return found

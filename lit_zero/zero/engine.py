@@ -17,28 +17,28 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from lit_zero.comm.exchange import Exchange
 from lit_zero.core.errors import LitZeroError
 from lit_zero.core.holding import Holding
+from lit_zero.core.keeping import Keeping
 from lit_zero.precision.policy import Lowering
 from lit_zero.zero.agreeing import Reach, SharedBuffers
 from lit_zero.zero.between import backward_is_running, when_over
 from lit_zero.zero.binding import Binding
 from lit_zero.zero.build import build_lanes, empty, fill_lanes, group_names, number_groups
-from lit_zero.zero.calls import UNTRACED
+from lit_zero.zero.calls import UNTRACED, Handle
 from lit_zero.zero.clipping import Clipping
 from lit_zero.zero.contents import Contents
 from lit_zero.zero.gathering import Gatherer
 from lit_zero.zero.guarding import refuse_lost_changes, refuse_whole_state
 from lit_zero.zero.hooks import Hooks
-from lit_zero.zero.lane import Lane, ParamInfo, storage_bytes
+from lit_zero.zero.info import ParamInfo
+from lit_zero.zero.lane import Lane
 from lit_zero.zero.policy import Placement, Zero
 from lit_zero.zero.probe import is_shaped
 from lit_zero.zero.reducing import Reducer
@@ -63,6 +63,7 @@ class Engine(Clipping, Contents):
         everyone: all ranks of all pipelines; by default those of ``exchange``.
         ties: for every group of positions that hold parameters together (``holding.ties()``), its ranks in the
             pipeline of this rank.
+        keeping: where shards live between uses; by default on ``device``.
 
     Attributes:
         parameter_count: elements of all managed parameters, over all ranks.
@@ -91,12 +92,14 @@ class Engine(Clipping, Contents):
         holding: Holding | None = None,
         everyone: Exchange | None = None,
         ties: Mapping[tuple[int, ...], Exchange] | None = None,
+        keeping: Keeping | None = None,
     ) -> None:
         self.model, self.zero, self.exchange, self.device = model, zero, exchange, torch.device(device)
         self.everyone, self.ties, holding = everyone or exchange, ties or {}, holding or Holding()
-        self.row = zero.row.over(exchange.size)
+        self.keeping, self._keep, self._training = keeping or Keeping(), keep_gradients, training
+        self.row = zero.row.over(exchange.size, self.keeping.apart)
         lowering = lowering or Lowering()
-        self._handles: list[RemovableHandle] = []
+        self._handles: list[Handle] = []
         self._unannounced = False  # the present backward was begun by its first gradient
         plans = plan_units(model, zero.units, lowering)
         infos = {info.name: info for plan in plans for info in plan.infos}
@@ -116,6 +119,7 @@ class Engine(Clipping, Contents):
             device=self.device,
             lowering=lowering,
             holding=holding,
+            keeping=self.keeping,
         )
         self.absent = [info for info in infos.values() if not holding.here(info.holders)]
         self.units = [
@@ -126,10 +130,10 @@ class Engine(Clipping, Contents):
         self.root = self.units[0]
         self._position = {name: number for number, name in enumerate(infos)}
         fill_lanes(model, self.lanes, self.absent, exchange, self.ties, self.device)
-        shaped = [is_shaped(optimizer, self.row) for optimizer in optimizers]
+        shaped = [is_shaped(optimizer, self.row, self.keeping.apart) for optimizer in optimizers]
         self.bindings = [self._bind(*each) for each in zip(optimizers, range(len(names)), names, shaped, strict=True)]
-        self._in_backward, self._gradient_bytes = False, 0
-        self._keep, self._training = keep_gradients, training
+        self.keeping.check()
+        self._in_backward, self._gradient_bytes, self._host_gradient_bytes = False, 0, 0
         self.buffers = SharedBuffers(model, exchange, self.device)
         self._attached: list[tuple[Binding, set[Lane], set[str]]] = []  # by the last backward
         self._assemble()
@@ -151,6 +155,9 @@ class Engine(Clipping, Contents):
 
     def _bind(self, optimizer: torch.optim.Optimizer, number: int, names: list[list[str]], shaped: bool) -> Binding:
         binding = Binding(optimizer, names, number, self._trainable(), shaped, self.absent)
+        if self.keeping.apart:
+            binding.reserve(self.keeping)
+            self._handles.append(binding.wrap_step(Keeping().run if self._keep else self.keeping.run))
         self._handles.append(optimizer.register_step_post_hook(lambda *_: self._stepped(binding)))
         self._handles.append(optimizer.register_load_state_dict_pre_hook(refuse_whole_state))
         return binding
@@ -184,7 +191,7 @@ class Engine(Clipping, Contents):
             UnsupportedError: for a parameter that has an optimizer already, or an optimizer that cannot be sharded.
         """
         [groups] = group_names(self.model, [optimizer])
-        shaped = is_shaped(optimizer, self.row)  # which may refuse it: nothing has moved yet
+        shaped = is_shaped(optimizer, self.row, self.keeping.apart)  # which may refuse it: nothing has moved yet
         infos = self.infos
         self._move(number_groups(infos, [*(binding.group_names for binding in self.bindings), groups]))
         self.bindings.append(self._bind(optimizer, len(self.bindings), groups, shaped))
@@ -192,6 +199,7 @@ class Engine(Clipping, Contents):
 
     def _move(self, changed: Sequence[ParamInfo]) -> None:
         """Give parameters whose group is another now lanes of their own; ``_assemble`` comes next."""
+        self.join()
         self._gatherer.settle()
         self._reducer.give_back()
         self._hooks.remove()
@@ -225,6 +233,7 @@ class Engine(Clipping, Contents):
 
     def detach(self) -> None:
         """Give the module back: full parameters on every rank, no hooks. All ranks together."""
+        self.join()
         for unit in self.units:
             self._gatherer.need(unit)
             empty(unit, self.exchange)
@@ -234,6 +243,7 @@ class Engine(Clipping, Contents):
         self._hooks.remove()
         for exchange in {id(each): each for each in (self.exchange, self.everyone, *self.ties.values())}.values():
             exchange.close()
+        self.keeping.close()
 
     # ---- forward
 
@@ -269,6 +279,7 @@ class Engine(Clipping, Contents):
         Args:
             loss: what it starts from. With several optimizers, only what some rank's loss reaches is reduced then.
         """
+        self.join()
         self._in_backward = True
         self.buffers.ask()
         reached = self._reach.look(loss)
@@ -301,9 +312,8 @@ class Engine(Clipping, Contents):
                 binding.split()
             binding.attach(set(lanes), unreached)
             self._attached.append((binding, set(lanes), unreached))
-        kept = chain(*(lane.state_tensors()["gradient"] for lane in self.lanes))
-        copies = chain(*(binding.grads() for binding in self.bindings))
-        self._gradient_bytes = storage_bytes(chain(kept, copies), set())
+        self.keeping.settle()
+        self._count_gradients()
 
     @contextlib.contextmanager
     def no_reduce(self) -> Iterator[None]:
@@ -327,6 +337,7 @@ class Engine(Clipping, Contents):
         for binding, lanes, unreached in self._attached:
             binding.refuse_overwritten()
             binding.attach(lanes, unreached)
+        self.keeping.settle()
 
     def _gradient_comes(self) -> None:
         if not self._in_backward:  # the user called loss.backward() without us
@@ -347,49 +358,34 @@ class Engine(Clipping, Contents):
 
     def _stepped(self, binding: Binding) -> None:
         """The optimizer has changed this rank's masters."""
-        if not self._keep:
-            binding.drop_gradients()
+        binding.restore() if self._keep else binding.drop_gradients()
         refuse_lost_changes(self.lanes, self._training)
         for lane in binding.lanes:
             lane.count_step()
-        self.refresh(binding.lanes)
+        self.refresh(binding.lanes, stepped=True)
         if self._keep:  # the same training step may go on to use parameters, and not through a module that we watch
             self._gatherer.need(self.root)
 
-    def refresh(self, lanes: Sequence[Lane] | None = None) -> None:
+    def refresh(self, lanes: Sequence[Lane] | None = None, stepped: bool = False) -> None:
         """Make the masters' present values the parameters: call it after anything has written to the masters. All
         ranks together.
 
         Args:
             lanes: whose masters; ``None``: all.
+            stepped: by the optimizer, which has spread what lives elsewhere.
         """
         changed = self.lanes if lanes is None else lanes
+        if not stepped:
+            self.join()
         for lane in changed:
-            lane.publish()
+            if not (stepped and lane.keeper.away):
+                lane.publish()
         if self.row.optimizer is Placement.SHARD:
             self._gatherer.invalidate(set(changed))
             self._gatherer.refresh_replicated()
 
     def settle(self) -> None:
-        """Wait for gathers under way; what they have brought counts as old."""
+        """Wait for steps and gathers under way; what they have brought counts as old."""
+        self.join()
         if self.row.optimizer is Placement.SHARD:
             self._gatherer.invalidate(set(self.lanes))
-
-    # ---- what others may ask
-
-    def wait_for_parameters(self) -> None:
-        """Return when replicated parameters are up to date; sharded ones stay where they are."""
-        for unit in self.units:
-            if not unit.sharded:
-                self._gatherer.need(unit)
-
-    @contextlib.contextmanager
-    def whole_parameters(self, unit: Unit) -> Iterator[None]:
-        """Inside, ``unit``'s full parameters may be read. All ranks together."""
-        unit.active += 1
-        self._gatherer.need(unit)
-        try:
-            yield
-        finally:
-            unit.active -= 1
-            self._gatherer.release(unit)

@@ -14,56 +14,30 @@ full gradients        ``[P]``, permanent                     a landing buffer, r
 Without a 2-byte copy the master *is* (the rank's slice of) the full parameters wherever those are replicated: no second
 copy. With one, and parameters sharded, the 2-byte shard is not stored: a gather casts the master straight into the
 rank's slice of the slot.
+
+[Note: masters that live elsewhere] With offload the master is apart from what the device computes with, and so there
+is always a second copy: the rank's slice of the full parameters, or with sharded parameters ``shard`` (``[P/N]``,
+compute dtype), which lies on the device, or elsewhere too. A master that lies elsewhere in the compute dtype is itself
+the shard, if parameters may leave the device. The step updates the master and ``spread``s it to the second copy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 
 import torch
-from torch import nn
 
-from lit_zero.comm.exchange import Exchange, Gather, Reduce
+from lit_zero.comm.exchange import Exchange, Gather
+from lit_zero.core.keeping import Keeping, Kept
 from lit_zero.core.layout import ALIGN_BYTES, FlatLayout, Overlap
 from lit_zero.core.piece import Piece
+from lit_zero.core.ticket import DONE, Ticket
+from lit_zero.zero.gradients import Gradients
+from lit_zero.zero.info import ParamInfo
 from lit_zero.zero.policy import Placement, Row
 
 
-@dataclass
-class ParamInfo:
-    """A parameter that the engine manages.
-
-    Attributes:
-        name: first fully-qualified name.
-        param: the user's parameter; its identity never changes, its memory becomes a view of the lane.
-        compute_dtype: dtype in which forward and backward see it.
-        master_dtype: dtype of the authoritative copy and of checkpoints.
-        aliases: further names of the same parameter (tied weights).
-        group: number of the optimizer's parameter group, -1 for none.
-        optimizer: number of the optimizer, -1 for none.
-        trainable: ``requires_grad`` at setup.
-        lowered_dtype: ``compute_dtype`` as the mode of the run wants it.
-        holders: positions of a pipeline that hold it, ascending.
-        shape: its shape; the parameter's own is not to be asked for while it waits for memory.
-    """
-
-    name: str
-    param: nn.Parameter
-    compute_dtype: torch.dtype
-    master_dtype: torch.dtype
-    aliases: list[str] = field(default_factory=list)
-    group: int = -1
-    optimizer: int = -1
-    trainable: bool = True
-    holders: tuple[int, ...] = (0,)
-
-    def __post_init__(self) -> None:
-        self.lowered_dtype = self.compute_dtype
-        self.shape = tuple(self.param.shape)
-
-
-class Lane:
+class Lane(Gradients):
     """Parameters of one unit that share compute dtype, master dtype, trainability and optimizer, in one flat buffer.
 
     Args:
@@ -74,6 +48,7 @@ class Lane:
         gradient_dtype: dtype in which gradients wait for the step.
         hold: with several micro-batches, sum them locally and reduce once.
         counts: this rank answers for it; else another one of a pipeline, which holds the same, does.
+        keeping: where the master lives.
     """
 
     def __init__(
@@ -85,6 +60,7 @@ class Lane:
         gradient_dtype: torch.dtype,
         hold: bool,
         counts: bool = True,
+        keeping: Keeping | None = None,
     ) -> None:
         first = infos[0]
         self.infos = list(infos)
@@ -98,7 +74,6 @@ class Lane:
         self.layout = FlatLayout.pack(entries, exchange.size, max(align, 1))
         self.start, self.end = self.layout.shard(exchange.rank)
         self.numel, self.shard_numel = self.layout.numel, self.layout.shard_numel
-        self._gaps = _gaps(self.layout)
 
         self.full: torch.Tensor | None = None  # [P]
         if row.parameter is Placement.REPLICATE:
@@ -107,33 +82,33 @@ class Lane:
         self.master_start, self.master_end = (
             (0, self.numel) if row.optimizer is Placement.REPLICATE else (self.start, self.end)
         )
-        if self.full is not None and not self.lowered:
-            self.master = self.full[self.master_start : self.master_end]
-        else:
-            self.master = exchange.zeros(self.master_end - self.master_start, self.master_dtype, device)
+        self._place_master(keeping or Keeping(), exchange)
 
-        self.gradient_dtype = gradient_dtype
-        self.landing_dtype = gradient_dtype if hold else self.compute_dtype
-        self.grad_full: torch.Tensor | None = None  # [P]
-        self.grad_own: torch.Tensor | None = None  # [P/N]
-        self.landing: torch.Tensor | None = None  # [P], where gradients of this backward are written
-        self.landing_views: list[torch.Tensor] = []
-        self.filled = bytearray(len(infos))  # which parameters have content in ``landing``
-        self.seen = bytearray(len(infos))  # which parameters have landed in this backward
-        self.reached = bytearray(len(infos))  # which parameters have landed since gradients were dropped
-        self.accumulated = False  # ``grad_own`` holds reduced gradients that were not dropped
         self._versions: list[int] = []  # of the parameters' values, as far as we have changed them
-        self._carry: torch.Tensor | None = None  # reduced gradients set aside while new ones land in their place
-        if self.trainable:
-            self._allocate_gradients(exchange)
+        self._begin_gradients(exchange, gradient_dtype)
 
-    def _allocate_gradients(self, exchange: Exchange) -> None:
-        if self.row.gradient is Placement.REPLICATE:
-            self.landing_dtype = self.gradient_dtype
-            self.grad_full = exchange.zeros(self.numel, self.gradient_dtype, self.device)
-            self.set_landing(self.grad_full)
-            if self.hold:
-                self.grad_own = self.grad_full[self.start : self.end]
+    def _place_master(self, keeping: Keeping, exchange: Exchange) -> None:
+        """Make the master, and where a gather reads a sharded parameter from."""
+        numel, sharded = self.master_end - self.master_start, self.row.parameter is Placement.SHARD
+        self.stepped: Ticket = DONE  # of the master and its second copy
+        # Where neither a step nor a cast needs the master, it is all that the device has of the parameters.
+        self.keeper = keeping.keeper(numel, self.trainable or self.lowered, sharded)
+        if self.keeper.away:
+            keeping.reserve(self.keeper, "masters", numel * self.master_dtype.itemsize)
+            self.master = self.keeper.keep(numel, self.master_dtype)
+        elif self.full is not None and not self.lowered:
+            self.master = Kept(self.full[self.master_start : self.master_end])
+        else:
+            self.master = Kept(exchange.zeros(numel, self.master_dtype, self.device))
+        self.shard = self.master
+        if sharded and self.keeper.away and not self.keeper.params:
+            self.shard = Kept(exchange.zeros(numel, self.compute_dtype, self.device))
+        elif sharded and self.keeper.away and self.lowered:
+            keeping.reserve(self.keeper, "parameters", numel * self.compute_dtype.itemsize)
+            self.shard = self.keeper.keep(numel, self.compute_dtype)
+        # Ranks of one machine may read it where it lies; anything else is first brought to the rank's part of a slot.
+        elsewhere = self.keeper.away and self.keeper.params
+        self._sent = sharded and self.shard.dtype == self.compute_dtype and not elsewhere
 
     # ---- parameters
 
@@ -188,9 +163,10 @@ class Lane:
         flat = value.detach().reshape(-1)
         lo, hi = max(entry.offset, self.master_start), min(entry.end, self.master_end)
         if lo < hi:
-            self.master[lo - self.master_start : hi - self.master_start].copy_(
-                flat[lo - entry.offset : hi - entry.offset]
-            )
+            mine = flat[lo - entry.offset : hi - entry.offset]
+            self.master.write(lo - self.master_start, mine)
+            if self.shard is not self.master:
+                self.shard.write(lo - self.master_start, mine)
         if self.row.parameter is Placement.REPLICATE:
             assert self.full is not None
             self.full[entry.offset : entry.end].copy_(flat)
@@ -198,16 +174,18 @@ class Lane:
     def gather(self) -> Gather:
         """Describe the exchange that fills ``full``."""
         assert self.full is not None
+        if self._sent:
+            return Gather(self.full, self.shard.read(), self.stepped)
         own = self.full[self.start : self.end]
         if self.row.parameter is Placement.SHARD:
-            if not self.lowered:
-                return Gather(self.full, self.master)
-            own.copy_(self.master)
-        return Gather(self.full, own)
+            self.stepped.wait()
+            return Gather(self.full, own, self.shard.fetch(own))
+        return Gather(self.full, own, self.stepped)
 
     def own_master(self) -> torch.Tensor:
-        """Return the part of the master that this rank answers for, shape ``[P/N]``."""
-        return self.master[self.start - self.master_start : self.end - self.master_start]
+        """Return the part of the master that this rank answers for, shape ``[P/N]``, on the device."""
+        own = self.master.part(self.start - self.master_start, self.end - self.master_start).read()
+        return own.to(self.device)
 
     def pieces(self, to_load: bool) -> list[Piece]:
         """Return the parts of the parameters' masters that this rank answers for.
@@ -219,7 +197,8 @@ class Lane:
         found = []
         for part in self.layout.overlaps(start, end):
             first = part.local + start - self.master_start
-            data = self.master[first : first + part.length]
+            held = self.master.part(first, first + part.length)
+            data = held.read() if held.live else held
             found.append(Piece(part.entry.name, part.entry.shape, part.start, data))
         return found
 
@@ -231,7 +210,9 @@ class Lane:
 
     def give_back(self, exchange: Exchange) -> None:
         """Let go of the memory; nothing reads it any more."""
-        mine = [self.master]
+        mine = [self.master.read()] if not self.keeper.away else []
+        if self.keeper.away and self.shard is not self.master and not self.keeper.params:
+            mine = [self.shard.read()]
         if self.row.parameter is Placement.REPLICATE and self.full is not None:
             mine = [self.full, *(mine if self.lowered else [])]
         for tensor in (*mine, self.grad_full):
@@ -239,135 +220,59 @@ class Lane:
                 exchange.give_back(tensor.view(torch.uint8))
 
     def publish(self) -> None:
-        """After the master changed: bring this rank's part of replicated 2-byte parameters up to date."""
-        if self.lowered and self.row.parameter is Placement.REPLICATE:
+        """After the master changed: bring this rank's second copy of the parameters up to date, if there is one."""
+        if self.row.parameter is Placement.REPLICATE:
             assert self.full is not None
-            self.full[self.master_start : self.master_end].copy_(self.master)
+            if self.lowered or self.keeper.away:
+                self.master.fetch(self.full[self.master_start : self.master_end]).wait()
+        elif self.shard is not self.master:
+            self.shard.write(0, self.master.read())
+
+    def take_from_first_holder(self, exchange: Exchange) -> None:
+        """Overwrite the master with what the first of the ranks that hold the same has.
+
+        Args:
+            exchange: the ranks of a pipeline that hold these parameters.
+        """
+        held = self.master.read()
+        values = held.to(self.device)  # ranks exchange what lies on their devices
+        exchange.broadcast(values)
+        if values is not held or not self.master.live:
+            self.master.write(0, values)
+
+    def spread(self, first: int, values: torch.Tensor) -> None:
+        """Bring this rank's second copy of the parameters up to date with new ``values`` (shape ``[m]``) of the master,
+        from element ``first`` of it on.
+        """
+        if self.row.parameter is Placement.REPLICATE:
+            assert self.full is not None
+            begin = self.master_start + first
+            self.full[begin : begin + values.numel()].copy_(values, non_blocking=True)
+        elif self.shard is not self.master:
+            self.shard.write(first, values)
 
     def master_overlaps(self) -> list[Overlap]:
         """Return, for every parameter in order, its part inside ``master``."""
         return self.layout.overlaps(self.master_start, self.master_end)
 
-    # ---- gradients
-
-    def set_landing(self, buffer: torch.Tensor | None) -> None:
-        """Let gradients of the coming backward land in ``buffer`` (shape ``[P]``, landing dtype)."""
-        self.landing = buffer
-        self.landing_views = [] if buffer is None else self.views(buffer)
-        if buffer is not None:
-            self._zero_gaps(buffer)  # a recycled buffer holds another unit's numbers; padding must stay zero
-
-    def _zero_gaps(self, buffer: torch.Tensor) -> None:
-        for first, last in self._gaps:
-            buffer[first:last].zero_()
-
-    def begin_backward(self, fresh: bool) -> None:
-        """Prepare for a backward; ``fresh``: earlier gradients have been dropped, else the new ones are added to
-        them.
-        """
-        self.seen = bytearray(len(self.infos))
-        if fresh:
-            self.accumulated = False
-            self.filled, self.reached = bytearray(len(self.infos)), bytearray(len(self.infos))
-            if self.grad_full is not None:
-                self._zero_gaps(self.grad_full)  # clipping by a norm that is NaN has reached them too
-        elif self.accumulated and self._in_place:
-            self._carry = self._stored_grad().clone()
-            self.accumulated = False
-
-    def end_reduction(self) -> None:
-        """Note that the reduction is complete."""
-        if self._carry is not None:
-            self._stored_grad().add_(self._carry)
-            self._carry = None
-
-    @property
-    def _in_place(self) -> bool:
-        return self.grad_full is not None and self.hold
-
-    def land(self, index: int, grad: torch.Tensor, scale: float) -> None:
-        """Write (the first time) or add gradient ``index`` to the landing buffer, times ``scale``."""
-        view = self.landing_views[index]
-        if self.filled[index]:
-            view.add_(grad, alpha=scale)
-        elif scale != 1.0 and grad.dtype == view.dtype:
-            torch.mul(grad, scale, out=view)
-        else:
-            view.copy_(grad)
-            if scale != 1.0:
-                view.mul_(scale)
-        self.filled[index] = self.reached[index] = 1
-
-    def fill_missing(self) -> None:
-        """Zero the gradients that have not landed: they count as zero in the sum over ranks."""
-        for index, view in enumerate(self.landing_views):
-            if not self.filled[index]:
-                view.zero_()
-
-    def reduction(self, scale: float) -> Reduce:
-        """Describe the exchange that turns the landing buffer into this rank's gradient."""
-        assert self.landing is not None
-        if self.grad_own is None:
-            self.grad_own = torch.empty(self.shard_numel, dtype=self.gradient_dtype, device=self.device)
-            self.accumulated = False
-        accumulate, self.accumulated = self.accumulated, True
-        self.filled = bytearray(len(self.infos))
-        return Reduce(self.landing, self.grad_own, scale, accumulate, whole=self.row.optimizer is Placement.REPLICATE)
-
-    def drop_gradients(self) -> None:
-        """Let go of the reduced gradients: the step has used them, and the next forward needs the memory more."""
-        if not self._in_place:
-            self.grad_own = None
-        self.accumulated = False
-
-    def sum_over_holders(self, exchange: Exchange) -> None:
-        """Add the reduced gradients of all ranks of a pipeline that hold these parameters; what one of them has
-        reached, all have.
-        """
-        grad = self._stored_grad()
-        grad.copy_(exchange.sum_in_rank_order(grad))
-        reached = torch.tensor(list(self.reached), dtype=torch.uint8, device=self.device)
-        self.reached = bytearray(exchange.maximum(reached).tolist())
-
-    def master_grad(self) -> torch.Tensor:
-        """Return the gradient that belongs to ``master``: same shape, same dtype; a view where the stored dtype
-        allows.
-        """
-        if self.row.optimizer is not Placement.REPLICATE and self.grad_own is None:
-            # Held micro-batches wait in the landing buffer: a gradient of no memory stands for them until they are
-            # reduced.
-            return torch.zeros((), dtype=self.master_dtype, device=self.device).expand(self.shard_numel)
-        grad = self._stored_grad()
-        return grad if grad.dtype == self.master_dtype else grad.to(self.master_dtype)
-
-    def overwrite_gradient(self, first: int, last: int, value: torch.Tensor) -> None:
-        """Replace the reduced gradient of elements ``[first, last)`` of the master."""
-        self._stored_grad()[first:last].copy_(value.view(-1))
-
-    def _stored_grad(self) -> torch.Tensor:
-        grad = self.grad_full if self.row.optimizer is Placement.REPLICATE else self.grad_own
-        assert grad is not None
-        return grad
-
     def state_tensors(self) -> dict[str, list[torch.Tensor]]:
-        """Return the tensors that live from step to step, by kind (``parameter``, ``master``, ``gradient``)."""
-        kinds: dict[str, list[torch.Tensor]] = {"parameter": [], "master": [self.master], "gradient": []}
+        """Return the tensors that live on the device from step to step, by kind (``parameter``, ``master``,
+        ``gradient``).
+        """
+        kinds: dict[str, list[torch.Tensor]] = {"parameter": [], "master": [], "gradient": []}
         if self.row.parameter is Placement.REPLICATE and self.full is not None:
             kinds["parameter"].append(self.full)
+        if not self.keeper.away:
+            kinds["master"].append(self.master.read())
+        elif self.shard is not self.master and not self.keeper.params:
+            kinds["parameter"].append(self.shard.read())
         kinds["gradient"] += [g for g in (self.grad_full, self.grad_own) if g is not None]
         return kinds
 
-
-def _gaps(layout: FlatLayout) -> list[tuple[int, int]]:
-    """Return the ranges of the flat buffer that belong to no parameter, in elements."""
-    gaps, end = [], 0
-    for entry in layout.entries:
-        if entry.offset > end:
-            gaps.append((end, entry.offset))
-        end = entry.end
-    if layout.numel > end:
-        gaps.append((end, layout.numel))
-    return gaps
+    def kept(self) -> list[Kept]:
+        """Return the arrays that live elsewhere."""
+        away = [self.master] if self.keeper.away else []
+        return away + ([self.shard] if self.shard is not self.master and self.keeper.params else [])
 
 
 def storage_bytes(tensors: Iterable[torch.Tensor], seen: set[int]) -> int:

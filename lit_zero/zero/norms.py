@@ -27,7 +27,7 @@ def grad_norm(
     grads = [grad for binding in bindings for grad in binding.own_grads()]
     dtype = torch.float64 if any(binding.has_fp64 for binding in bindings) else torch.float32
     if norm_type == float("inf"):
-        peaks = [grad.abs().amax().to(dtype) for grad in grads if grad.numel()]
+        peaks = [grad.abs().amax().to(device, dtype) for grad in grads if grad.numel()]
         peak = torch.stack(peaks).amax() if peaks else torch.zeros((), dtype=dtype, device=device)
         return exchange.maximum(peak)
     total = sum_of_powers(grads, norm_type, device)
@@ -40,5 +40,5 @@ def scale_to_norm(bindings: Sequence[Binding], norm: torch.Tensor, max_norm: flo
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for binding in bindings:
         grads = binding.grads()
-        if grads:
-            torch._foreach_mul_(grads, factor)
+        for device in {grad.device for grad in grads}:
+            torch._foreach_mul_([grad for grad in grads if grad.device == device], factor.to(device))

@@ -38,9 +38,11 @@ class Row:
     optimizer: Placement
     accumulate: Literal["hold", "reduce"]
 
-    def over(self, ranks: int) -> Row:
-        """Return what the row means on ``ranks`` ranks: a shard of one rank is the whole."""
-        return self if ranks > 1 else ROWS["none"]
+    def over(self, ranks: int, apart: bool = False) -> Row:
+        """Return what the row means on ``ranks`` ranks: a shard of one rank is the whole, unless shards live apart from
+        what the device computes with (offload).
+        """
+        return self if ranks > 1 or apart else ROWS["none"]
 
 
 _R, _S = Placement.REPLICATE, Placement.SHARD

@@ -13,15 +13,25 @@ from lit_zero.core.errors import UnsupportedError
 from lit_zero.zero.policy import Placement, Row
 
 
-def is_shaped(optimizer: torch.optim.Optimizer, row: Row) -> bool:
+def is_shaped(optimizer: torch.optim.Optimizer, row: Row, apart: bool = False) -> bool:
     """Return whether the optimizer needs parameters in their real shapes, which only whole masters have.
+
+    Args:
+        optimizer: the user's.
+        row: the ZeRO stage.
+        apart: masters live elsewhere, and are stepped portion by portion.
 
     Raises:
         UnsupportedError: if it does, and masters are sharded.
     """
     try:
         require_elementwise(optimizer)
-    except UnsupportedError:
+    except UnsupportedError as error:
+        if apart:
+            raise UnsupportedError(
+                f"{error} With offload=cpu and offload=disk that holds on one process too, because the step walks "
+                "through the masters in portions; offload=none leaves them on the device."
+            ) from error
         if row.optimizer is Placement.SHARD or isinstance(optimizer, torch.optim.LBFGS):
             raise
         return True

@@ -15,7 +15,8 @@ import torch
 from lit_zero.comm.exchange import Exchange, Gather
 from lit_zero.core.errors import UnsupportedError
 from lit_zero.zero.binding import Binding
-from lit_zero.zero.lane import Lane, ParamInfo
+from lit_zero.zero.info import ParamInfo
+from lit_zero.zero.lane import Lane
 from lit_zero.zero.unit import Unit
 
 

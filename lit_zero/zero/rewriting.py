@@ -35,8 +35,8 @@ def rewriting(engine: Engine, whole: bool = False) -> Iterator[None]:
     if not whole:
         for lane in engine.lanes:
             if lane.holders in engine.ties:
-                engine.ties[lane.holders].broadcast(lane.master)
+                lane.take_from_first_holder(engine.ties[lane.holders])
     if engine.row.optimizer is Placement.REPLICATE and not whole and engine.exchange.size > 1:
-        own = [Gather(lane.master, lane.master[lane.start : lane.end]) for lane in engine.lanes]
+        own = [Gather(lane.master.read(), lane.own_master()) for lane in engine.lanes]
         engine.exchange.all_gather(own).wait()
     engine.refresh()

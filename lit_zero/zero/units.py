@@ -17,7 +17,7 @@ from torch import nn
 from lit_zero.core.blocks import choose_modules
 from lit_zero.core.errors import UnsupportedError
 from lit_zero.precision.policy import Lowering
-from lit_zero.zero.lane import ParamInfo
+from lit_zero.zero.info import ParamInfo
 from lit_zero.zero.policy import Units
 
 

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ValidationError
 
 import lit_zero
-from lit_zero import Activation, Checkpoint, Comm, Pipeline, Precision, Zero, ZeroStrategy
+from lit_zero import Activation, Checkpoint, Comm, Offload, Pipeline, Precision, Zero, ZeroStrategy
 from lit_zero.activation.policy import VARIANTS
 from lit_zero.config.schema import SCHEMAS
 from tests.config.support import APPS, composed, run
@@ -28,6 +28,7 @@ def test_all_groups_are_there() -> None:
             "zero",
             "pipeline",
             "activation",
+            "offload",
             "precision",
             "checkpoint",
             "comm",
@@ -53,6 +54,12 @@ def test_option_composes_with_nothing_missing(option: str) -> None:
 @pytest.mark.parametrize("stage", ["none", "stage1", "stage2", "stage3"])
 def test_zero_builds_the_stage_with_its_own_defaults(stage: str) -> None:
     assert instantiate(composed(f"zero={stage}").zero) == Zero(stage)
+
+
+@pytest.mark.parametrize("where", ["none", "cpu", "disk"])
+def test_offload_builds_the_place_with_its_own_defaults(where: str) -> None:
+    expected = Offload(where, folder=".") if where == "disk" else Offload(where)
+    assert instantiate(composed(f"offload={where}").offload) == expected
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,15 @@ STAGES = "Choose one of: none, stage1, stage2, stage3."
             ["precision=16-mixed"],
             "precision=16-mixed needs a GPU: on trainer.accelerator=cpu, Lightning would silently compute in bf16",
         ),
+        (["offload=dsk"], "offload=dsk is not known. Did you mean 'disk'? Choose one of: cpu, disk, none."),
+        (
+            ["offload.ratio=0.5"],
+            "offload.ratio=0.5: 'offload' has no key 'ratio' here. It exists with offload=cpu and offload=disk.",
+        ),
+        (["offload=cpu", "offload.folder=x"], "offload.folder=x: 'offload' has no key 'folder' here. It exists with"),
+        (["offload=cpu", "offload.ratio=2"], "offload.ratio=2.0 is not valid: expected a number above 0 and at most 1"),
+        (["offload=cpu", "offload.limit=1GB"], "offload.limit=1GB is not valid: expected a whole number or null."),
+        (["offload=disk", "offload.folder=s3://bucket"], "offload.folder=s3://bucket is an address, but lit_zero"),
         (
             ["pipeline=1f1c"],
             "pipeline=1f1c is not known. Did you mean '1f1b'? Choose one of: 1f1b, gpipe, interleaved, none, zbv, zer",
@@ -124,7 +133,7 @@ STAGES = "Choose one of: none, stage1, stage2, stage3."
         (["seed=abc"], "seed='abc' is not valid: expected a whole number from 0 to 4294967295."),
         (
             ["experiment=gpt_30"],
-            "experiment=gpt_30 is not known. Did you mean 'gpt_30m'? Choose one of: gpt_30m, pipeline_2x2, stages.",
+            "experiment=gpt_30 is not known. Did you mean 'gpt_30m'? Choose one of: gpt_30m, offload, pipeline_2x2, s",
         ),
         (["foo/bar=baz"], "foo/bar=baz: there is no config group 'foo/bar'."),
         (["hydra.rn.dir=here"], "Could not override 'hydra.rn.dir'."),

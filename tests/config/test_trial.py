@@ -60,6 +60,15 @@ STAGE3 = ("trainer.devices=1", "zero=stage3")
         (["activation=partition"], "activation.variant='partition' shares a block's inputs out over ranks that hold"),
         (["activation=every_n", "activation.n=1"], "activation.n=1 is not valid: expected an integer of at least 2."),
         (
+            ["zero=none", "offload=cpu"],
+            "offload.where='cpu' moves shards of optimizer state, and with zero.stage='none' there are none: every",
+        ),
+        (
+            ["offload=cpu", "offload.params=true"],
+            "offload.params=True has no effect with zero.stage='stage2': every rank keeps all parameters on its device",
+        ),
+        (["offload=disk", "offload.folder=/dev/null/x"], "offload.folder='/dev/null/x' cannot be used: no file can be"),
+        (
             ["pipeline=1f1b", "pipeline.stages=1"],
             "pipeline.stages=1 does not fit pipeline.schedule='1f1b', which runs 1 stage on every rank: expected a "
             "multiple of 1, and at least 2. pipeline=none trains without a pipeline.",

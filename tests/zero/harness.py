@@ -12,6 +12,7 @@ from torch import nn
 
 from lit_zero.comm import Comm
 from lit_zero.comm.open import open_exchange
+from lit_zero.core.keeping import Keeping
 from lit_zero.precision import Lowering
 from lit_zero.zero import Zero
 from lit_zero.zero.engine import Engine
@@ -155,6 +156,7 @@ def with_engine(
     comm: Comm | None = None,
     lowering: Lowering | None = None,
     look: Callable[[Engine], Any] | None = None,
+    keeping: Keeping | None = None,
 ) -> Outcome:
     """Train on this rank's rows under the engine; call it on every rank.
 
@@ -164,12 +166,13 @@ def with_engine(
         comm: how bytes travel.
         lowering: dtypes of a mixed mode.
         look: called with the engine after the last step; its result becomes ``notes["look"]``.
+        keeping: where shards live between uses.
     """
     torch.manual_seed(0)
     model = run.model().to(run.dtype)
     optimizer, losses = run.optimizer(model), []
     exchange = open_exchange(comm or Comm(), torch.device("cpu"))
-    engine = Engine(model, [optimizer], zero=zero, exchange=exchange, lowering=lowering)
+    engine = Engine(model, [optimizer], zero=zero, exchange=exchange, lowering=lowering, keeping=keeping)
     share = BATCH // exchange.size
     rows = slice(exchange.rank * share, (exchange.rank + 1) * share)
     norms = []

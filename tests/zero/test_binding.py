@@ -60,7 +60,9 @@ def segments(stage: str) -> dict[str, Any]:
             n for n, group in enumerate(optimizer.param_groups) if any(p is segment.param for p in group["params"])
         ]
         assert segment.param.shape == (segment.last - segment.first,)
-        assert segment.param.data_ptr() == segment.lane.master[segment.first :].data_ptr(), "a view, not a copy"
+        assert segment.param.data_ptr() == segment.lane.master.part(segment.first, segment.last).read().data_ptr(), (
+            "a view, not a copy"
+        )
         for part in segment.lane.layout.overlaps(
             segment.lane.master_start + segment.first, segment.lane.master_start + segment.last
         ):

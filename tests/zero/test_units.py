@@ -10,7 +10,7 @@ from torch import nn
 
 from lit_zero.core.errors import ConfigError, UnsupportedError
 from lit_zero.precision import Lowering, Precision
-from lit_zero.zero.lane import ParamInfo
+from lit_zero.zero.info import ParamInfo
 from lit_zero.zero.units import UnitPlan, cut_evenly, plan_units
 
 

@@ -1,0 +1,151 @@
+"""Where the shards of a rank live between uses: what the ZeRO engine asks for, and the answer without offload.
+
+Three small objects. A :class:`Kept` is one flat array of a shard: a master, a state of the optimizer, the parameters'
+2-byte copy. A :class:`Keeper` is a place: it makes arrays, and walks through several of them in portions. A
+:class:`Keeping` says which place a lane's arrays go to. Here all three stand for the device's own memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+
+from lit_zero.core.ticket import DONE, Ticket
+
+
+class Kept:
+    """A flat array in memory.
+
+    Args:
+        tensor: the elements, shape ``[n]``.
+    """
+
+    live = True  # ``read`` gives the elements themselves: writing to them writes the array
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return self.tensor.numel()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the elements."""
+        return self.tensor.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the elements."""
+        return self.numel * self.dtype.itemsize
+
+    def part(self, first: int, last: int) -> Kept:
+        """Return elements ``[first, last)`` as an array; what is written to one is written to the other."""
+        return Kept(self.tensor[first:last])
+
+    def read(self) -> torch.Tensor:
+        """Return the elements, shape ``[n]``: themselves where they are ``live``, else a copy in host memory."""
+        return self.tensor
+
+    def write(self, first: int, values: torch.Tensor) -> None:
+        """Overwrite the elements from ``first`` on with ``values`` (shape ``[m]``, any dtype and device)."""
+        self.tensor[first : first + values.numel()].copy_(values)
+
+    def fetch(self, out: torch.Tensor) -> Ticket:
+        """Begin to fill ``out`` (shape ``[n]``) with the elements."""
+        out.copy_(self.tensor, non_blocking=True)
+        return DONE
+
+    def stand_in(self) -> torch.Tensor:
+        """Return what an optimizer holds: the elements, or where they lie elsewhere a tensor of no memory with the
+        same shape and dtype.
+        """
+        return self.tensor
+
+
+class Keeper:
+    """The device's own memory: nothing leaves it. Base class of the places that shards are moved to.
+
+    Attributes:
+        place: ``device``, ``host`` or ``file``.
+        away: masters and optimizer states lie apart from what the device computes with, and the step runs on the CPU.
+        params: so do sharded parameters.
+        streams: gradients are copied to where the step reads them; else the device's memory is the host's.
+    """
+
+    place = "device"
+    away = False
+    params = False
+    streams = False
+
+    def keep(self, numel: int, dtype: torch.dtype) -> Kept:
+        """Return an array of zeros.
+
+        Raises:
+            LitZeroError: if there is no room; the message names the knob.
+        """
+        raise NotImplementedError
+
+    def gradient(self, arrived: torch.Tensor) -> torch.Tensor:
+        """Return a reduced gradient (shape ``[n]``, on the device) where the step reads it; it may still be on its way
+        until :meth:`Keeping.settle`.
+        """
+        return arrived
+
+    def walk(self, arrays: Mapping[str, Kept], to_come: int) -> Iterator[tuple[int, int, dict[str, torch.Tensor]]]:
+        """Yield ``(first, last, elements)``, portion by portion: of each array its elements ``[first, last)``, in host
+        memory. What is written to them is written to the array when the next portion is asked for, or the end is
+        reached.
+
+        Args:
+            arrays: all of one length.
+            to_come: bytes for each element that the caller is going to add as further arrays.
+        """
+        raise NotImplementedError
+
+
+class Keeping:
+    """Which lanes' arrays live where: everything on the device.
+
+    Attributes:
+        apart: shards lie apart from what the device computes with, so even a rank that is alone has shards.
+    """
+
+    apart = False
+
+    def run(self, job: Callable[[], None]) -> Ticket:
+        """Do ``job``, a part of a step, at once or behind those before it while the computation goes on."""
+        job()
+        return DONE
+
+    def keeper(self, numel: int, used: bool, sharded: bool) -> Keeper:
+        """Return the place of a new lane's arrays.
+
+        Args:
+            numel: elements of a shard.
+            used: the master is stepped, or is apart from the parameters anyway, so that moving it frees memory.
+            sharded: the parameters are sharded, so that they may leave the device too.
+        """
+        return Keeper()
+
+    def reserve(self, keeper: Keeper, what: str, size: int) -> None:
+        """Make sure, before training starts, that there will be room for ``size`` more bytes of ``what`` at a place.
+
+        Raises:
+            LitZeroError: if not.
+        """
+
+    def check(self) -> None:
+        """Check what has been placed and reserved, before training starts.
+
+        Raises:
+            ConfigError: for a setting that leaves too little room, or has no effect.
+        """
+
+    def settle(self) -> None:
+        """Return when the gradients that are on their way have come."""
+
+    def close(self) -> None:
+        """Give back what arrays lie in; nothing reads them any more."""
