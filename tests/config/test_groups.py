@@ -125,6 +125,8 @@ def test_strategy_gets_every_group() -> None:
         "pipeline.stages_per_rank=3",
         "activation=selective",
         "activation.operators=[matmul]",
+        "offload=cpu",
+        "offload.ratio=0.5",
         "checkpoint=sharded",
         "precision=bf16-mixed",
         "precision.lower=all",
@@ -135,6 +137,7 @@ def test_strategy_gets_every_group() -> None:
     assert strategy.comm == Comm(overlap=False)
     assert strategy.pipeline == Pipeline("interleaved", stages=6, stages_per_rank=3)
     assert strategy.activation == Activation("selective", operators=["matmul"])
+    assert strategy.offload == Offload("cpu", ratio=0.5)
     assert strategy.checkpoint_policy == Checkpoint("sharded")
     assert strategy.precision_policy == Precision(lower="all")
 

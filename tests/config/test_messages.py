@@ -133,7 +133,7 @@ STAGES = "Choose one of: none, stage1, stage2, stage3."
         (["seed=abc"], "seed='abc' is not valid: expected a whole number from 0 to 4294967295."),
         (
             ["experiment=gpt_30"],
-            "experiment=gpt_30 is not known. Did you mean 'gpt_30m'? Choose one of: gpt_30m, offload, pipeline_2x2, s",
+            "experiment=gpt_30 is not known. Did you mean 'gpt_30m'? Choose one of: activations, gpt_30m, offload, p",
         ),
         (["foo/bar=baz"], "foo/bar=baz: there is no config group 'foo/bar'."),
         (["hydra.rn.dir=here"], "Could not override 'hydra.rn.dir'."),

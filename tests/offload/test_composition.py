@@ -20,6 +20,7 @@ from tests.callbacks.harness import run_all as run_with
 from tests.callbacks.test_pruning import GLOBAL, LOCAL, PrunesBlocks, Untied
 from tests.fabric import harness as fabric
 from tests.offload.harness import CPU, disk
+from tests.pipeline.test_training import piped
 from tests.strategy.harness import Fit, LitGPT, distance, same_bits, train, train_all
 from tests.strategy.test_checkpoints import Rich
 from tests.strategy.test_finetuning import Plain, callbacks
@@ -103,6 +104,20 @@ def test_weight_averaging(ranks: Any, tmp_path: Path, stage: str) -> None:
         for other in others:
             assert same_bits(other.weights, first.weights)
             assert other.metrics == first.metrics
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage3"])
+def test_averages_of_what_two_stages_hold(ranks: Any, tmp_path: Path, stage: str) -> None:
+    """Embedding and head are one weight, at both ends of a pipeline; validation runs on the average."""
+    ways = [
+        replace(piped(stage), zero={**piped(stage).zero, "offload": way})
+        for way in choices(tmp_path / "states", stage == "stage3")
+    ]
+    jobs = [With(fit, [(EMAWeightAveraging, {"decay": 0.8})]) for fit in ways]
+    first, *others = ranks(2).run(run_with, jobs, tmp_path / "runs", timeout=120)[0]
+    for other in others:
+        assert distance(other.weights, first.weights) < 1e-6
+        assert other.column("val_loss") == pytest.approx(first.column("val_loss"), rel=1e-5)
 
 
 def test_pruning(ranks: Any, tmp_path: Path) -> None:
