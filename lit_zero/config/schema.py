@@ -119,6 +119,7 @@ class ActivationPartition(ActivationFull):
     ranks: int | None = MISSING
 
 
+@dataclass
 class OffloadNone(Target):
     """``offload=none``."""
 
