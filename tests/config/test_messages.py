@@ -25,7 +25,10 @@ STAGES = "Choose one of: none, stage1, stage2, stage3."
         (["zero=stge3"], f"zero=stge3 is not known. Did you mean 'stage3'? {STAGES}"),
         (["zero=3"], f"zero=3 is not known. Did you mean 'stage3'? {STAGES}"),
         (["-m", "zero=stage1,stge3"], f"zero=stge3 is not known. Did you mean 'stage3'? {STAGES}"),
-        (["zro=stage3"], "zro=stage3: there is no group or key 'zro'. Did you mean 'zero'? Choose one of: callbacks, "),
+        (
+            ["zro=stage3"],
+            "zro=stage3: there is no group or key 'zro'. Did you mean 'zero'? Choose one of: activation, callbacks, ",
+        ),
         (
             ["zero.stgae=stage1"],
             "zero.stgae=stage1: 'zero' has no key 'stgae' here. Did you mean 'stage'? Choose one of: stage, units",
