@@ -118,7 +118,8 @@ class Work:
 
     def set_random_state(self, state: Any) -> None:
         """Go on from the state that has come with an activation."""
-        _set_generators(self._fresh | state, self._device)
+        if state:  # else nothing has been drawn before, here neither
+            _set_generators(self._fresh | state, self._device)
 
     def told(self, results: dict[int, Any]) -> tuple[Any, Told, dict[str, int]]:
         """Return what the step has returned, what it has logged, and which metrics it has updated, as if it had run
