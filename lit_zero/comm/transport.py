@@ -22,6 +22,7 @@ from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -125,7 +126,7 @@ class Transport:
             self.sent_bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         if self._leaving is None:
             self._leaving = queue.SimpleQueue()
-            self._serve(_see_off, self._leaving, "sent")
+            self._serve(partial(_see_off, self._leaving), self._leaving, "sent")
         self._leaving.put(_Flying(works, [header, rest, *tensors]))
 
     def post(self, key: Hashable, source: int) -> None:
@@ -152,10 +153,9 @@ class Transport:
             )
         return message
 
-    def _serve(self, work: Callable[..., None], line: queue.SimpleQueue[Any], name: str) -> None:
+    def _serve(self, work: Callable[[], None], line: queue.SimpleQueue[Any], name: str) -> None:
         """Start a thread that works off ``line`` until this transport goes, at the latest with the process."""
-        arguments = (line,) if work is _see_off else ()
-        thread = threading.Thread(target=work, args=arguments, name=f"lit_zero-pipeline-{name}", daemon=True)
+        thread = threading.Thread(target=work, name=f"lit_zero-pipeline-{name}", daemon=True)
         thread.start()
         weakref.finalize(self, _end, line, thread)
 

@@ -138,8 +138,7 @@ def plan_split(recording: Recording, boundaries: Sequence[int]) -> SplitPlan:
         return any(name.startswith(f"{block.name}.") for block in recording.blocks)
 
     # What the recorded step did not use, another may use anywhere (a probe in validation, a branch taken later).
-    everywhere = [p.name for p in recording.parameters if not p.used and not within(p.name)]
-    homes = {p.name: where(range(count) if p.name in everywhere else p.regions) for p in recording.parameters}
+    homes = {p.name: where(p.regions if p.used or within(p.name) else range(count)) for p in recording.parameters}
     writers = {b.name: where(b.written or b.regions) for b in recording.buffers}
     sizes = {p.name: p.numel for p in recording.parameters}
     pieces = []

@@ -12,8 +12,10 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import nn
+from torchmetrics.classification import MulticlassAccuracy
 
 from lit_zero import ZeroStrategy
+from lit_zero.pipeline.micro_batches import together
 from tests.pipeline.reference import Random
 from tests.pipeline.test_training import SCHEDULES, equal, piped
 from tests.pool import RankFailure
@@ -183,6 +185,27 @@ def test_draws_of_other_generators(ranks: Any, tmp_path: Path) -> None:
     fits = [replace(piped("stage2", **way), module=Drawing) for way in SCHEDULES.values()]
     for each in ranks(2).run(train_all, fits, tmp_path, timeout=120)[0]:
         equal(each, alone)
+
+
+class Unsynchronised(LitGPT):
+    """Its metric never exchanges states, and the ranks of a pipeline must agree all the same."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.accuracy = MulticlassAccuracy(VOCAB, average="micro", sync_on_compute=False)
+
+
+def test_a_metric_that_does_not_exchange_is_the_same_on_every_rank(ranks: Any, tmp_path: Path) -> None:
+    alone = train(Fit(module=Unsynchronised, arguments={"layers": 4}), tmp_path / "alone")
+    for each in ranks(2).run(train, replace(piped(), module=Unsynchronised), tmp_path / "piped"):
+        assert each.metrics["val_accuracy"] == pytest.approx(alone.metrics["val_accuracy"], rel=1e-6)
+
+
+def test_results_that_are_lists_are_put_together_as_batches_are_cut() -> None:
+    parts = [[torch.ones(2, 3), torch.zeros(2)], [torch.ones(1, 3), torch.zeros(1)]]
+    first, second = together(parts, [2 / 3, 1 / 3])
+    assert first.shape == (3, 3) and second.shape == (3,)
+    assert together([["a", "b"], ["c"]], [2 / 3, 1 / 3]) == ["a", "b", "c"]
 
 
 # ---- what is saved
