@@ -18,10 +18,11 @@ import pickle
 import queue
 import threading
 import weakref
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,7 +31,8 @@ from torch.utils._pytree import tree_map
 
 from lit_zero.core.errors import LitZeroError
 
-_HEADER_BYTES = 1 << 13  # a random state fits
+_HEADER_BYTES = 1 << 10  # a key and a few shapes fit; a random state that has moved takes a message of its own
+_END_SECONDS = 2.0  # for a thread to finish what it does when nobody needs it any more
 
 
 @dataclass
@@ -124,8 +126,7 @@ class Transport:
             self.sent_bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         if self._leaving is None:
             self._leaving = queue.SimpleQueue()
-            threading.Thread(target=_see_off, args=(self._leaving,), name="lit_zero-pipeline-sent", daemon=True).start()
-            weakref.finalize(self, self._leaving.put, None)
+            self._serve(partial(_see_off, self._leaving), self._leaving, "sent")
         self._leaving.put(_Flying(works, [header, rest, *tensors]))
 
     def post(self, key: Hashable, source: int) -> None:
@@ -134,8 +135,7 @@ class Transport:
         self._coming[key] = future
         if source not in self._sources:
             line = _Source(source, self._headers, self._groups[source > self.position], self.device)
-            threading.Thread(target=line.receive_all, name=f"lit_zero-pipeline-{source}", daemon=True).start()
-            weakref.finalize(self, line.posted.put, None)
+            self._serve(line.receive_all, line.posted, str(source))
             self._sources[source] = line
         self._sources[source].posted.put(future)
 
@@ -152,6 +152,12 @@ class Transport:
                 "run the same schedule. Every rank must have the same settings and as many micro-batches."
             )
         return message
+
+    def _serve(self, work: Callable[[], None], line: queue.SimpleQueue[Any], name: str) -> None:
+        """Start a thread that works off ``line`` until this transport goes, at the latest with the process."""
+        thread = threading.Thread(target=work, name=f"lit_zero-pipeline-{name}", daemon=True)
+        thread.start()
+        weakref.finalize(self, _end, line, thread)
 
     def flush(self) -> None:
         """Return when everything sent has left."""
@@ -203,6 +209,13 @@ class Transport:
 def _is_plain(value: Any) -> bool:
     """Return whether ``value`` is a tensor that is nothing but its elements in memory."""
     return type(value) is torch.Tensor and value.layout is torch.strided and not value.is_quantized
+
+
+def _end(line: queue.SimpleQueue[Any], thread: threading.Thread) -> None:
+    """End a thread. One that is still inside torch while Python shuts down would abort the process."""
+    line.put(None)
+    if thread is not threading.current_thread():
+        thread.join(_END_SECONDS)
 
 
 def _see_off(leaving: queue.SimpleQueue[_Flying | Future[None] | None]) -> None:

@@ -116,8 +116,9 @@ def _part(value: Any, first: int, end: int, rows: int) -> Any:
 def together(results: Sequence[Any], weights: Sequence[float]) -> Any:
     """Put together what the user's step has returned for every micro-batch, as if it had run once.
 
-    Numbers and tensors without a dimension become their mean, weighted by rows; other tensors are joined along the
-    first dimension; lists, tuples and mappings are put together entry by entry. Of anything else the last one stays.
+    Floats and tensors without a dimension become their mean, weighted by rows; other tensors are joined along the first
+    dimension; tuples, mappings and lists with tensors are put together entry by entry, as batches are cut; other lists
+    are joined. Of anything else, integers among it, the last one stays.
 
     Args:
         results: one for each micro-batch.
@@ -136,6 +137,8 @@ def together(results: Sequence[Any], weights: Sequence[float]) -> Any:
     if isinstance(first, tuple):
         parts = [together(entries, weights) for entries in zip(*results, strict=True)]
         return type(first)(*parts) if hasattr(first, "_fields") else tuple(parts)
+    if isinstance(first, list) and any(isinstance(entry, torch.Tensor) for entry in first):
+        return [together(entries, weights) for entries in zip(*results, strict=True)]
     if isinstance(first, list):
         return [entry for result in results for entry in result]
     return results[-1]

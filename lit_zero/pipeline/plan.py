@@ -134,7 +134,11 @@ def plan_split(recording: Recording, boundaries: Sequence[int]) -> SplitPlan:
     def where(regions: Sequence[int]) -> tuple[int, ...]:
         return tuple(sorted({sum(b <= region for b in boundaries) for region in regions}))
 
-    homes = {p.name: where(p.regions) for p in recording.parameters}
+    def within(name: str) -> bool:
+        return any(name.startswith(f"{block.name}.") for block in recording.blocks)
+
+    # What the recorded step did not use, another may use anywhere (a probe in validation, a branch taken later).
+    homes = {p.name: where(p.regions if p.used or within(p.name) else range(count)) for p in recording.parameters}
     writers = {b.name: where(b.written or b.regions) for b in recording.buffers}
     sizes = {p.name: p.numel for p in recording.parameters}
     pieces = []

@@ -38,6 +38,7 @@ from lit_zero.pipeline.actions import (
     given,
     taken,
 )
+from lit_zero.pipeline.ends import from_root_alone, join
 from lit_zero.pipeline.splitting import Finished, Split
 
 
@@ -197,9 +198,12 @@ class Runner:
             return
         outputs, grads = self._gradients(action, visit)
         if outputs:
-            starts = [torch.ones_like(t) if g is None else g for t, g in zip(outputs, grads, strict=True)]
-            leaves = [t for t in visit.received if t.requires_grad]
-            _, visit.branches = stage_backward_input(outputs, starts, leaves, iter(self._parameters(action.stage)))
+            root, leaf = join(outputs, grads)
+            node, leaves = root.grad_fn, [t for t in visit.received if t.requires_grad]
+            _, visit.branches = stage_backward_input(
+                [root], [torch.ones_like(root)], [*leaves, leaf], iter(self._parameters(action.stage))
+            )
+            from_root_alone(node, visit.branches)
         visit.outputs = []
         self._return(action, visit)
         visit.received = []

@@ -39,6 +39,7 @@ class Live:
 
     def __init__(self, strategy: Any, module: nn.Module) -> None:
         self.engine, self.checkpoints, self._module = strategy.engine, strategy.checkpoints, module
+        self._stages = strategy.stages
         self._pieces: list[Piece] = self.engine.parameter_pieces()
 
     def parameters(self) -> Iterator[torch.Tensor]:
@@ -74,6 +75,7 @@ class Live:
         copied = {id(buffer): other for buffer, other in zip(self.buffers(), copy.buffers(), strict=False)}
         named = self._module.named_buffers(remove_duplicate=False)
         others = {name: copied[id(buffer)] for name, buffer in named if id(buffer) in copied}
+        self._stages.share(others)
         return self.checkpoints.state_dict_of(self.pieces_of(copy), others)
 
 

@@ -95,5 +95,5 @@ class Dividing(OnePiece):
                 )
         # What only the other step needs stays where it is.
         stages = zip(before.stages, self._plan.stages, strict=True)
-        merged = tuple(replace(new, parameters=old.parameters, buffers=old.buffers) for old, new in stages)
+        merged = tuple(replace(new, parameters=old.parameters) for old, new in stages)
         self._plan = replace(self._plan, stages=merged)

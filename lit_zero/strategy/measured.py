@@ -111,7 +111,9 @@ class _Taken:
         self._metrics, self._metric = metrics, metric
 
     def __call__(self) -> bool:
-        if self._metric._to_sync:  # otherwise it asks, and does nothing with the answer
+        # Otherwise it asks, and does nothing with the answer; but one that never exchanges has been updated on the last
+        # ranks alone.
+        if self._metric._to_sync or (not self._metric.sync_on_compute and not self._metrics.in_step):
             self._metrics.take(self._metric)
         return True
 

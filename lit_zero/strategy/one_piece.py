@@ -43,5 +43,8 @@ class OnePiece:
     def publish(self) -> None:
         """Hand the gradients of the last step to the optimizers."""
 
+    def share(self, buffers: dict[str, Any]) -> None:
+        """Bring tensors that stand for buffers to what the ranks that change them have."""
+
     def share_buffers(self) -> None:
         """Bring the buffers to what the ranks that change them have. All ranks together."""

@@ -24,8 +24,9 @@ _LOOPS = {
 def sample_step(trainer: Any, prepare: Callable[[Any], Any]) -> Callable[[], Any]:
     """Return a function that runs the step of the coming run once, on the first batch of its data.
 
-    The data loader is asked for once more than in a run without a pipeline, and an iterable dataset is begun once more;
-    worker processes are not started, and random states stay as they are.
+    The data loader is asked for once more than in a run without a pipeline, and an iterable dataset is begun once more
+    (with its worker processes; of a stream that cannot be begun again, the first batch is lost). Otherwise no worker
+    process is started. Random states stay as they are, but not that of a generator of the loader's own.
 
     Args:
         trainer: that is about to run.

@@ -184,7 +184,7 @@ class Stages(Dividing):
         def through(forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return self.run("forward", lambda call: forward(*call[0], **call[1]), ((args, kwargs),), {})
 
-        OutsideCalls(module, lambda: split.running, through)
+        OutsideCalls(module, lambda: split.running or self._looking, through)
         last, grid = self._placement[-1], self._strategy.grid
         lasts = [grid.rank(last, number) for number in range(grid.data)]
         self._metrics = Metrics(module, self._from_last, lasts, last == self._position)
@@ -322,16 +322,19 @@ class Stages(Dividing):
         if self._split is None or self._plan is None or self._metrics is None:
             return
         self._metrics.take_persistent()
-        if not self._written:
+        self.share(dict(self._split.model.named_buffers()))
+
+    def share(self, buffers: dict[str, torch.Tensor]) -> None:
+        """Bring tensors that stand for buffers, by name, to what ranks that change them have. All ranks together."""
+        if self._split is None or self._plan is None or not self._written:
             return
-        buffers = dict(self._split.model.named_buffers())
         own = {
             name: buffers[name].detach().cpu()
             for stage in self._split.local
             for name in self._plan.stages[stage].buffers
-            if name in self._written
+            if name in self._written and name in buffers
         }
         for found in self._pipeline.gather(own):
             for name, value in found.items():
-                if name not in own:
+                if name not in own and name in buffers:
                     buffers[name].data.copy_(value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -72,6 +72,7 @@ class Work:
         """Run the user's step on a micro-batch, as stage ``number``."""
         self._engine.begin_forward(share_buffers=False)
         seed_everything(seed_of(self._seed, micro_batch))
+        self._fresh = _generators(self._device)
         module: Any = self._module
         part = self._micro.parts[micro_batch]
         if number == self._last:
@@ -83,7 +84,7 @@ class Work:
 
     def loss(self, micro_batch: int, result: Any) -> torch.Tensor | None:
         """Return a micro-batch's share of the loss, scaled as the precision wants it."""
-        loss = result.get("loss") if isinstance(result, dict) else result
+        loss = result.get("loss") if isinstance(result, Mapping) else result
         if loss is None:
             return None
         part = loss * (self._micro.weights[micro_batch] / self._accumulate)
@@ -111,16 +112,14 @@ class Work:
         self._engine.take(param)
 
     def random_state(self) -> Any:
-        """Return the state of torch's random generators."""
-        cuda = torch.cuda.get_rng_state(self._device) if self._device.type == "cuda" else None
-        return torch.get_rng_state().numpy().tobytes(), None if cuda is None else cuda.numpy().tobytes()
+        """Return the states of the random generators that have moved since the micro-batch was seeded."""
+        now = _generators(self._device)
+        return {name: state for name, state in now.items() if state != self._fresh.get(name)}
 
     def set_random_state(self, state: Any) -> None:
         """Go on from the state that has come with an activation."""
-        cpu, cuda = state
-        torch.set_rng_state(torch.frombuffer(bytearray(cpu), dtype=torch.uint8))
-        if cuda is not None:
-            torch.cuda.set_rng_state(torch.frombuffer(bytearray(cuda), dtype=torch.uint8), self._device)
+        if state:  # else nothing has been drawn before, here neither
+            _set_generators(self._fresh | state, self._device)
 
     def told(self, results: dict[int, Any]) -> tuple[Any, Told, dict[str, int]]:
         """Return what the step has returned, what it has logged, and which metrics it has updated, as if it had run
@@ -133,6 +132,29 @@ class Work:
         there = [number for number in sorted(results) if results[number] is not None]
         whole = together([results[n] for n in there], [weights[n] for n in there]) if there else None
         return to_device(whole, torch.device("cpu")), self._logged.told(weights), self._metrics.updated()
+
+
+def _generators(device: torch.device) -> dict[str, Any]:
+    """Return the states of the random generators, in a form that can be compared and sent."""
+    found: dict[str, Any] = {"torch": torch.get_rng_state().numpy().tobytes(), "random": random.getstate()}
+    if device.type == "cuda":
+        found["cuda"] = torch.cuda.get_rng_state(device).numpy().tobytes()
+    numpy: Any = sys.modules.get("numpy")
+    if numpy:
+        kind, keys, *rest = numpy.random.get_state()
+        found["numpy"] = (kind, keys.tobytes(), *rest)
+    return found
+
+
+def _set_generators(found: dict[str, Any], device: torch.device) -> None:
+    torch.set_rng_state(torch.frombuffer(bytearray(found["torch"]), dtype=torch.uint8))
+    random.setstate(found["random"])
+    if "cuda" in found:
+        torch.cuda.set_rng_state(torch.frombuffer(bytearray(found["cuda"]), dtype=torch.uint8), device)
+    if "numpy" in found:
+        numpy: Any = sys.modules["numpy"]
+        kind, keys, *rest = found["numpy"]
+        numpy.random.set_state((kind, numpy.frombuffer(keys, dtype=numpy.uint32), *rest))
 
 
 def seed_of(seed: int, micro_batch: int) -> int:

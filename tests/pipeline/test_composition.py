@@ -303,10 +303,10 @@ def evaluated_first(way: dict[str, Any], folder: Path, where: str) -> Any:
 
 
 class Auxiliary(LitGPT):
-    """Its training step uses a layer that the others do not.
+    """Its training step uses a layer that the others do not, or elsewhere.
 
     Args:
-        where: ``first`` of all, or ``last``.
+        where: ``first`` of all, ``last``, or ``moved``: first, and last in validation.
     """
 
     def __init__(self, where: str) -> None:
@@ -314,10 +314,14 @@ class Auxiliary(LitGPT):
         self.where, self.further = where, nn.Linear(31, 1)
 
     def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
-        if self.where == "first":
+        if self.where != "last":
             self.further(torch.ones(31))
         logits = self.model(batch[0])
         return logits.square().mean() + (self.further(logits).mean() if self.where == "last" else 0)
+
+    def validation_step(self, batch: list[torch.Tensor], batch_idx: int) -> None:
+        logits = self.model(batch[0])
+        self.log("val_loss", (self.further(logits) if self.where == "moved" else logits).square().mean())
 
 
 def test_a_fit_after_a_validation(ranks: Any, tmp_path: Path) -> None:
@@ -326,6 +330,13 @@ def test_a_fit_after_a_validation(ranks: Any, tmp_path: Path) -> None:
     assert distance(ranks(2).run(evaluated_first, way, tmp_path, "")[0], alone) < 1e-6
 
 
+@pytest.mark.parametrize("where", ["first", "last"])
+def test_a_training_step_that_needs_more_than_the_validation(ranks: Any, tmp_path: Path, where: str) -> None:
+    alone = evaluated_first({}, tmp_path / "alone", where)
+    mine = ranks(2).run(evaluated_first, piped("stage2").zero, tmp_path, where)[0]
+    assert distance(mine, alone) < 1e-6
+
+
 def test_a_training_step_that_needs_other_stages_than_the_validation(ranks: Any, tmp_path: Path) -> None:
     with pytest.raises(RankFailure, match="needs the parameter 'further.bias' on stage 0.*Call trainer.fit first"):
-        ranks(2).run(evaluated_first, piped("stage2").zero, tmp_path, "first")
+        ranks(2).run(evaluated_first, piped("stage2").zero, tmp_path, "moved")

@@ -278,7 +278,8 @@ def test_what_the_batch_decides(build):
         assert [slot.paths for slot in last.receives] == [("args[0]",), ("args[1]",)]
         assert [slot.requires_grad for slot in last.receives] == [True, False]
     if build is Lengths:
-        assert divided.plan.tied == {"scale": (0, 1, 2)}
+        assert divided.plan.tied["scale"] == (0, 1, 2)
+        assert divided.plan.tied["unused.bias"] == (0, 1, 2), "what no operator used stays everywhere"
 
 
 def test_steps_that_change_are_refused():

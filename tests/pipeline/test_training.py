@@ -44,12 +44,15 @@ SCHEDULES = {
 
 
 def test_every_schedule(ranks: Any, alone: Outcome, tmp_path: Path) -> None:
-    fits = [piped("stage3", **given) for given in SCHEDULES.values()]
-    for result in ranks(2).run(train_all, fits, tmp_path, timeout=120)[0]:
+    """With every stage of ZeRO; interleaved and zbv have four stages on two ranks."""
+    fits = [piped(stage, **given) for given in SCHEDULES.values() for stage in STAGES]
+    for result in ranks(2).run(train_all, fits, tmp_path, timeout=240)[0]:
         equal(result, alone)
 
 
 def test_four_ranks(ranks: Any, alone: Outcome, tmp_path: Path) -> None:
-    fits = [piped("stage2", 4, stages=4), *(piped(stage, 4) for stage in STAGES)]
-    for result in ranks(4).run(train_all, fits, tmp_path, timeout=120)[0]:
+    """Two pipelines of two stages, and one of four."""
+    fits = [piped(stage, 4) for stage in STAGES]
+    fits += [piped(stage, 4, schedule=name, stages=4) for name in ("gpipe", "1f1b", "zero_bubble") for stage in STAGES]
+    for result in ranks(4).run(train_all, fits, tmp_path, timeout=240)[0]:
         equal(result, alone)
