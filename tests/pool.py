@@ -179,11 +179,11 @@ class RankPool:
         self._calls = 0
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
         self._store = dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
-        context = _context()
+        processes = context()
         for rank in range(self.world_size):
-            ours, theirs = context.Pipe()
+            ours, theirs = processes.Pipe()
             stacks = Path(self._folder.name, f"rank{rank}.txt")
-            process = context.Process(
+            process = processes.Process(
                 target=_serve, args=(rank, self.world_size, self._store.port, theirs, str(stacks)), name=f"rank{rank}"
             )
             process.start()
@@ -253,13 +253,13 @@ class RankPool:
         raise RankFailure(text, first.rank, _unpickled(first.exception))
 
 
-def _context() -> Any:
+def context() -> Any:
     """Return how processes are made: forked from a server that has imported torch, where the system can."""
     if "forkserver" not in mp.get_all_start_methods():
         return mp.get_context("spawn")
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    return context
+    made = mp.get_context("forkserver")
+    made.set_forkserver_preload(PRELOAD)
+    return made
 
 
 def _loopback() -> str:

@@ -1,28 +1,37 @@
 """Messages between the ranks of a pipeline: tensors of any shape, from one rank to another.
 
-A message is a header, which says what follows, and the tensors. So the receiver needs to know nothing beforehand, and
-shapes may change from message to message. What is received lies in memory of its own, never in that of the message
-before.
+Nothing need be known of a message beforehand, and shapes may change from message to message. What is received lies in
+memory of its own, never in that of the message before. Sends return at once. Receives are posted ahead, in the order in
+which the other rank sends, so that a transfer runs beside the computation. There is no thread: gloo's own carry the
+bytes, and Python's would take turns with the computation.
 
-Sends return at once. Receives are posted ahead, in the order in which the other rank sends, and run on a thread for
-each of the other ranks: the transfer runs beside the computation.
+[Note: frames]
+A message is packed into one piece of memory: how long it is, a header that says what follows, and the tensors. It is
+sent in a frame as long as the last message of the same key between the two ranks was, which both know when the receive
+is posted; so a step like the one before takes one send a message. What does not fit follows by itself, with another
+tag: further frames may be posted already.
 
-[Note: one group for each direction] NCCL runs what shares a communicator one after the other, so a receive that is
-posted ahead would hold up the sends behind it. What goes from lower to higher ranks has a communicator, and what goes
-back has another. Headers are sent by gloo in either case.
+[Note: who has received what]
+gloo does not say that a send is over unless it is waited for, and nobody wants to wait. So a header also says how many
+messages its sender has received from the other rank: the memory of those can go. ``flush`` waits for the rest.
+
+[Note: one group for each direction]
+On GPUs the tensors do not go into the frame, but by NCCL. NCCL runs what shares a communicator one after the other, so
+a receive would hold up the sends behind it. What goes from lower to higher ranks has a communicator, and what goes back
+has another.
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
 import pickle
-import queue
-import threading
+import struct
 import weakref
-from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+from collections import defaultdict, deque
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from typing import Any
 
 import torch
@@ -31,8 +40,10 @@ from torch.utils._pytree import tree_map
 
 from lit_zero.core.errors import LitZeroError
 
-_HEADER_BYTES = 1 << 10  # a key and a few shapes fit; a random state that has moved takes a message of its own
-_END_SECONDS = 2.0  # for a thread to finish what it does when nobody needs it any more
+_LEAST_BYTES = 1 << 10  # of a frame
+_START = struct.Struct("<qq")  # of a message: its length, and that of its header, in bytes
+_ALIGN_BYTES = 64
+_END = timedelta(seconds=2)  # for a message to leave when this rank ends
 
 
 @dataclass
@@ -59,8 +70,39 @@ class _Place:
 
 @dataclass
 class _Flying:
+    """A message that may not have left yet: its memory must stay."""
+
     works: list[dist.Work | None]
-    held: list[torch.Tensor] = field(default_factory=list)  # they must live until the send is over
+    held: list[torch.Tensor]
+
+
+@dataclass
+class _Posted:
+    """A receive that was posted."""
+
+    key: Hashable
+    frame: torch.Tensor
+    work: dist.Work | None
+
+
+class _Line:
+    """What goes between this rank and another one."""
+
+    def __init__(self) -> None:
+        self.flying: deque[_Flying] = deque()
+        self.posted: deque[_Posted] = deque()
+        self.left, self.came = 0, 0  # messages that have left for good, and that have come
+        self.sent_frames: dict[Hashable, int] = {}  # bytes, by key
+        self.came_frames: dict[Hashable, int] = {}
+
+    def land(self, number: int, *patience: timedelta) -> None:
+        """Let go of messages, up to the given number since the start; waits where they have not left."""
+        while self.left < number and self.flying:
+            for work in self.flying[0].works:
+                if work is not None:
+                    work.wait(*patience)
+            self.flying.popleft()
+            self.left += 1
 
 
 class Transport:
@@ -89,55 +131,54 @@ class Transport:
             [mine] = [group for group in groups if group != dist.GroupMember.NON_GROUP_MEMBER]
             return mine
 
-        self._headers = opened("gloo")
-        separate = device.type == "cuda"
+        self._frames = opened("gloo")
         # By direction: to higher positions, and to lower ones.
-        self._groups = [opened("nccl"), opened("nccl")] if separate else [self._headers, self._headers]
-        self._leaving: queue.SimpleQueue[_Flying | Future[None] | None] | None = None
-        self._coming: dict[Hashable, Future[Message]] = {}
-        self._sources: dict[int, _Source] = {}
-        self._shared = 0  # values that were shared so far
+        self._groups = [opened("nccl"), opened("nccl")] if device.type == "cuda" else []
+        self._lines: defaultdict[int, _Line] = defaultdict(_Line)  # by position
+        self._sources: dict[Hashable, int] = {}  # of the messages that were posted
+        self._come: dict[Hashable, Message] = {}  # and have come before those that were asked for
+        weakref.finalize(self, _see_off, self._lines)
 
+    @torch.no_grad()
     def send(self, message: Message, to: int, counted: bool = True) -> None:
-        """Start to send a message to the rank at position ``to``; its tensors must not be written to any more.
+        """Start to send a message to the rank at position ``to``; its tensors may be written to afterwards, except on
+        GPUs.
 
         Args:
             message: what is sent.
             to: position of the receiver.
             counted: among the bytes that were sent.
         """
-        tensors = [tensor.detach().contiguous() for tensor in message.tensors]
-        described = [
-            (tuple(tensor.shape), tensor.dtype, like.requires_grad, tensor.device.type == "cpu")
-            for tensor, like in zip(tensors, message.tensors, strict=True)
-        ]
-        content = torch.frombuffer(bytearray(pickle.dumps((message.key, described, message.note))), dtype=torch.uint8)
-        header = torch.zeros(_HEADER_BYTES, dtype=torch.uint8)
-        header[:8] = torch.tensor([content.numel()]).view(torch.uint8)
-        first = min(content.numel(), _HEADER_BYTES - 8)
-        header[8 : 8 + first] = content[:first]
-        rest = content[first:]
-        works = [dist.isend(part, group=self._headers, group_dst=to) for part in (header, rest) if part.numel()]
-        by_device = self._groups[to < self.position]
-        for tensor in tensors:
-            group = self._headers if tensor.device.type == "cpu" else by_device
-            works += [dist.isend(tensor, group=group, group_dst=to)] if tensor.numel() else []
+        line = self._lines[to]
+        described = [(tuple(t.shape), t.dtype, t.requires_grad, t.device.type == "cpu") for t in message.tensors]
+        header = pickle.dumps((message.key, line.came, described, message.note))
+        places, length = _places(len(header), described)
+        frame = line.sent_frames.get(message.key, _LEAST_BYTES)
+        line.sent_frames[message.key] = max(length, _LEAST_BYTES)
+        packed = torch.empty(max(length, frame), dtype=torch.uint8)
+        start = _START.pack(length, len(header)) + header
+        packed[: len(start)] = torch.frombuffer(bytearray(start), dtype=torch.uint8)
+        works, held = [], [packed]
+        for tensor, place in zip(message.tensors, places, strict=True):
+            if place is not None and tensor.numel():
+                _within(packed, place, tensor.shape, tensor.dtype).copy_(tensor)
+        for tag, part in enumerate((packed[:frame], packed[frame:])):
+            if part.numel():
+                works.append(dist.isend(part, group=self._frames, group_dst=to, tag=tag))
+        for tensor, place in zip(message.tensors, places, strict=True):
+            if place is None and tensor.numel():
+                held.append(tensor.detach().contiguous())
+                works.append(dist.isend(held[-1], group=self._groups[to < self.position], group_dst=to))
         if counted:
-            self.sent_bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        if self._leaving is None:
-            self._leaving = queue.SimpleQueue()
-            self._serve(partial(_see_off, self._leaving), self._leaving, "sent")
-        self._leaving.put(_Flying(works, [header, rest, *tensors]))
+            self.sent_bytes += sum(tensor.numel() * tensor.element_size() for tensor in message.tensors)
+        line.flying.append(_Flying(works, held))
 
     def post(self, key: Hashable, source: int) -> None:
         """Get ready to receive the message ``key`` from the rank at position ``source``, after those posted before."""
-        future: Future[Message] = Future()
-        self._coming[key] = future
-        if source not in self._sources:
-            line = _Source(source, self._headers, self._groups[source > self.position], self.device)
-            self._serve(line.receive_all, line.posted, str(source))
-            self._sources[source] = line
-        self._sources[source].posted.put(future)
+        line = self._lines[source]
+        frame = torch.empty(line.came_frames.get(key, _LEAST_BYTES), dtype=torch.uint8)
+        line.posted.append(_Posted(key, frame, dist.irecv(frame, group=self._frames, group_src=source)))
+        self._sources[key] = source
 
     def wait(self, key: Hashable) -> Message:
         """Return a message that was posted, once it is there.
@@ -145,26 +186,57 @@ class Transport:
         Raises:
             LitZeroError: if another one came: the two ranks do not run the same schedule.
         """
-        message = self._coming.pop(key).result()
-        if message.key != key:
-            raise LitZeroError(
-                f"Position {self.position} of the pipeline waited for {key} and got {message.key}: the ranks do not "
-                "run the same schedule. Every rank must have the same settings and as many micro-batches."
-            )
-        return message
+        source = self._sources.pop(key)
+        while key not in self._come:
+            posted = self._lines[source].posted.popleft()
+            message = self._receive(posted, source)
+            if message.key != posted.key:
+                raise LitZeroError(
+                    f"Position {self.position} of the pipeline waited for {posted.key} and got {message.key}: the "
+                    "ranks do not run the same schedule. Every rank must have the same settings and as many "
+                    "micro-batches."
+                )
+            self._come[posted.key] = message
+        return self._come.pop(key)
 
-    def _serve(self, work: Callable[[], None], line: queue.SimpleQueue[Any], name: str) -> None:
-        """Start a thread that works off ``line`` until this transport goes, at the latest with the process."""
-        thread = threading.Thread(target=work, name=f"lit_zero-pipeline-{name}", daemon=True)
-        thread.start()
-        weakref.finalize(self, _end, line, thread)
+    def _receive(self, posted: _Posted, source: int) -> Message:
+        # Normal tensors, also for an evaluation without versions: a module may keep what it is given.
+        with torch.inference_mode(False), torch.no_grad():
+            line, packed = self._lines[source], posted.frame
+            if posted.work is not None:
+                posted.work.wait()
+            length, header = _START.unpack_from(packed.numpy())
+            if length > packed.numel():
+                whole = torch.empty(length, dtype=torch.uint8)
+                whole[: packed.numel()] = packed
+                self._arrive(whole[packed.numel() :], self._frames, source, tag=1)
+                packed = whole
+            content = packed.numpy()[_START.size : _START.size + header]
+            key, received, described, note = pickle.loads(content)
+            line.came += 1
+            line.came_frames[key] = max(length, _LEAST_BYTES)
+            line.land(received)
+            tensors = []
+            for (shape, dtype, requires_grad, _), place in zip(described, _places(header, described)[0], strict=True):
+                if place is not None:
+                    # .data: views of one piece of memory would count their versions together.
+                    tensor = _within(packed, place, shape, dtype).data
+                else:
+                    tensor = torch.empty(shape, dtype=dtype, device=self.device)
+                    if tensor.numel():
+                        self._arrive(tensor, self._groups[source > self.position], source)
+                tensors.append(tensor.requires_grad_(requires_grad))
+            return Message(key, tensors, note)
+
+    def _arrive(self, tensor: torch.Tensor, group: dist.ProcessGroup, source: int, tag: int = 0) -> None:
+        work = dist.irecv(tensor, group=group, group_src=source, tag=tag)
+        if work is not None:
+            work.wait()
 
     def flush(self) -> None:
         """Return when everything sent has left."""
-        if self._leaving is not None:
-            gone: Future[None] = Future()
-            self._leaving.put(gone)
-            gone.result()
+        for line in self._lines.values():
+            line.land(line.left + len(line.flying))
 
     def share(self, value: Any, source: int) -> Any:
         """Return the ``value`` of the rank at position ``source`` on every rank of the pipeline.
@@ -175,8 +247,7 @@ class Transport:
         """
         if self.size == 1:
             return value
-        self._shared += 1
-        key = ("shared", self._shared)
+        key = "shared"
         if self.position != source:
             self.post(key, source)
             message = self.wait(key)
@@ -188,7 +259,8 @@ class Transport:
         def put_aside(leaf: Any) -> Any:
             if not _is_plain(leaf):
                 return leaf
-            tensors.append(leaf.detach().clone())  # the user's code may write to its own
+            # The user's code may write to its own.
+            tensors.append(leaf.detach() if leaf.device.type == "cpu" else leaf.detach().clone())
             return _Place(len(tensors) - 1)
 
         rest = tree_map(put_aside, value)
@@ -202,7 +274,7 @@ class Transport:
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value, group=self._headers)
+        dist.all_gather_object(found, value, group=self._frames)
         return found
 
 
@@ -211,71 +283,30 @@ def _is_plain(value: Any) -> bool:
     return type(value) is torch.Tensor and value.layout is torch.strided and not value.is_quantized
 
 
-def _end(line: queue.SimpleQueue[Any], thread: threading.Thread) -> None:
-    """End a thread. One that is still inside torch while Python shuts down would abort the process."""
-    line.put(None)
-    if thread is not threading.current_thread():
-        thread.join(_END_SECONDS)
+def _see_off(lines: dict[int, _Line]) -> None:
+    """Let the last messages leave before the process ends, unless nobody takes them."""
+    with contextlib.suppress(RuntimeError):
+        for line in lines.values():
+            line.land(line.left + len(line.flying), _END)
 
 
-def _see_off(leaving: queue.SimpleQueue[_Flying | Future[None] | None]) -> None:
-    """Hold what is sent until it has left. gloo never says so unless it is waited for, hence the thread."""
-    failure: BaseException | None = None
-    while (item := leaving.get()) is not None:
-        if isinstance(item, _Flying):
-            try:
-                for work in item.works:
-                    if work is not None:
-                        work.wait()
-            except BaseException as error:  # ``flush`` raises it
-                failure = failure or error
-        elif failure is not None:
-            item.set_exception(failure)
-        else:
-            item.set_result(None)
-        del item
+def _places(header: int, described: Sequence[tuple[Any, ...]]) -> tuple[list[int | None], int]:
+    """Return where the tensors of a message begin in it, ``None`` for those that go by themselves, and its length.
 
-
-@dataclass
-class _Source:
-    """Where messages come from, and what a thread needs to receive them. It does not hold the transport: one that
-    nobody uses any more can go, and takes the thread with it.
+    Args:
+        header: its bytes.
+        described: shape, dtype, whether it requires a gradient and whether it is on the host, for every tensor.
     """
+    places: list[int | None] = []
+    end = _START.size + header
+    for shape, dtype, _, on_host in described:
+        if on_host:
+            end = -(-end // _ALIGN_BYTES) * _ALIGN_BYTES
+        places.append(end if on_host else None)
+        end += math.prod(shape) * dtype.itemsize if on_host else 0
+    return places, end
 
-    position: int
-    headers: dist.ProcessGroup
-    tensors: dist.ProcessGroup
-    device: torch.device
-    posted: queue.SimpleQueue[Future[Message] | None] = field(default_factory=queue.SimpleQueue)
 
-    def receive_all(self) -> None:
-        torch.set_grad_enabled(False)  # this thread's own switch
-        while (future := self.posted.get()) is not None:
-            try:
-                future.set_result(self._receive())
-            except BaseException as error:  # the waiting rank raises it
-                future.set_exception(error)
-            del future
-
-    def _receive(self) -> Message:
-        header = torch.empty(_HEADER_BYTES, dtype=torch.uint8)
-        self._arrive(header, self.headers)
-        size = int(header[:8].view(torch.int64).item())
-        content = header[8 : 8 + size]
-        if size > _HEADER_BYTES - 8:
-            rest = torch.empty(size - content.numel(), dtype=torch.uint8)
-            self._arrive(rest, self.headers)
-            content = torch.cat([content, rest])
-        key, described, note = pickle.loads(content.numpy().tobytes())
-        tensors = []
-        for shape, dtype, requires_grad, on_cpu in described:
-            tensor = torch.empty(shape, dtype=dtype, device="cpu" if on_cpu else self.device)
-            if tensor.numel():
-                self._arrive(tensor, self.headers if on_cpu else self.tensors)
-            tensors.append(tensor.requires_grad_(requires_grad))
-        return Message(key, tensors, note)
-
-    def _arrive(self, tensor: torch.Tensor, group: dist.ProcessGroup) -> None:
-        work = dist.irecv(tensor, group=group, group_src=self.position)
-        if work is not None:
-            work.wait()
+def _within(packed: torch.Tensor, place: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Return the tensor that begins at byte ``place``."""
+    return packed[place : place + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)

@@ -36,29 +36,55 @@ def same(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def exchange() -> None:
-    """Everyone sends to everyone, by turns more and less, with notes longer than a header."""
+    """Everyone sends to everyone: what has one key is by turns longer and shorter, and longer than a frame."""
     rank, size = dist.get_rank(), dist.get_world_size()
     transport = Transport([range(size)], CPU, SOON)
     others = [other for other in range(size) if other != rank]
-    for turn in range(3):
+    turns = 4
+    for turn in range(turns):
         for other in others:
             for number in range(4):
-                transport.post((turn, number, other), other)
+                transport.post((number, other), other)
         for number in range(4):
             for other in others:
-                note = "x" * (20_000 * number), other
-                sent = [t.requires_grad_(t.is_floating_point()) for t in tensors()][number:]
-                transport.send(Message((turn, number, rank), sent, note), other)
+                note = "x" * (20_000 * number * (turn % 2)), other
+                sent = [t.requires_grad_(t.is_floating_point()) for t in tensors()][(number + turn) % 4 :]
+                transport.send(Message((number, rank), sent, note), other)
+                for tensor in sent:
+                    tensor.detach().zero_()  # it has been packed
         for number in reversed(range(4)):
             for other in others:
-                found = transport.wait((turn, number, other))
-                assert found.note == ("x" * (20_000 * number), rank)
-                for mine, theirs in zip(found.tensors, tensors()[number:], strict=True):
+                found = transport.wait((number, other))
+                assert found.note == ("x" * (20_000 * number * (turn % 2)), rank)
+                for mine, theirs in zip(found.tensors, tensors()[(number + turn) % 4 :], strict=True):
                     assert same(mine.detach(), theirs)
                     assert mine.requires_grad == theirs.is_floating_point() and mine.is_leaf
+                    mine.detach().zero_()  # its own memory, and its own count of versions
+                versions = {t._version for t in found.tensors if t.numel()}
+                assert versions <= {1}, "tensors of one message count their versions together"
         transport.flush()
     each = [sum(t.numel() * t.element_size() for t in tensors()[number:]) for number in range(4)]
-    assert transport.sent_bytes == 3 * len(others) * sum(each)
+    assert transport.sent_bytes == turns * len(others) * sum(each)
+
+
+def acknowledge() -> None:
+    """Two ranks take turns; the memory of what has been received goes at once, without a flush."""
+    rank = dist.get_rank()
+    transport = Transport([[0, 1]], CPU, SOON)
+    most = 0
+    for turn in range(20):
+        for sender in (0, 1):
+            if rank == sender:
+                transport.send(Message(turn, [torch.full((1000,), float(turn))]), 1 - rank)
+                most = max(most, len(transport._lines[1 - rank].flying))
+            else:
+                transport.post(turn, sender)
+                assert transport.wait(turn).tensors[0].eq(turn).all()
+    assert most <= 2
+
+
+def test_what_was_received_takes_no_memory_at_the_sender(ranks: Any) -> None:
+    ranks(2).run(acknowledge)
 
 
 @pytest.mark.parametrize("size", [2, 4])

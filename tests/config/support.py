@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ from hydra import compose, initialize_config_module
 from omegaconf import DictConfig
 
 import lit_zero.config
+from tests.warm import Finished, run_python
 
 APPS = Path(__file__).parent / "apps"
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -24,29 +22,10 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 _NOT_INHERITED = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
 
 
-@dataclass
-class Finished:
-    """A script that has ended: its exit code, what it wrote to both streams together, and how many seconds it took."""
-
-    code: int
-    output: str
-    seconds: float
-
-
 def run(script: Path, *arguments: str, cwd: Path, timeout: float = 200.0) -> Finished:
     """Run a script to its end."""
     environment = {k: v for k, v in os.environ.items() if k not in _NOT_INHERITED and not k.startswith("LIT_ZERO_")}
-    begin = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, str(script), *arguments],
-        cwd=cwd,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=timeout,
-    )
-    return Finished(done.returncode, done.stdout, time.monotonic() - begin)
+    return run_python([str(script), *arguments], cwd, environment, timeout)
 
 
 def composed(*overrides: str, hydra: bool = False) -> DictConfig:

@@ -73,12 +73,12 @@ def text_file(folder: Path) -> Path:
 
 SWEEPS: dict[str, Callable[[Path], Sweep]] = {
     "stages": lambda at: sweep(at, f"zero={','.join(STAGES)}", "trainer.devices=1,2", "lr=0.25"),
-    "failures": lambda at: sweep(at, "failure=rank0_is_killed,rank0_sleeps,none"),
+    "failures": lambda at: sweep(at, "failure=rank0_sleeps,none"),
     "joblib": lambda at: sweep(
         at, "failure=rank1_is_killed", "trainer.devices=1,2", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"
     ),
-    "submitit": lambda at: sweep(at, "trainer.devices=2", "hydra/launcher=submitit_local"),
-    "optuna": lambda at: sweep(at, *OPTUNA, "lr=interval(0.01,0.2)", "hydra.sweeper.n_trials=2"),
+    "submitit": lambda at: sweep(at, "trainer.devices=1", "hydra/launcher=submitit_local"),
+    "optuna": lambda at: sweep(at, *OPTUNA, "lr=interval(0.01,0.2)", "hydra.sweeper.n_trials=1"),
     "search": lambda at: sweep(
         at, *SMALL, "hparams_search=optuna", "hydra.sweeper.n_trials=1", "model.dim=32", f"data.path={text_file(at)}",
         f"paths.cache_dir={at}/cache", script=EXAMPLES / "train.py",
@@ -156,12 +156,12 @@ def test_files_of_a_sweep(sweeps: dict[str, Sweep]) -> None:
 def test_failed_jobs_do_not_touch_the_others(sweeps: dict[str, Sweep]) -> None:
     failures = sweeps["failures"]
     assert failures.done.code == 1
-    assert [rank["steps"] for rank in failures.seen(2)] == [2, 2]
-    assert [failures.result(number)["status"] for number in range(3)] == ["failed", "failed", "completed"]
+    assert [rank["steps"] for rank in failures.seen(1)] == [2, 2]
+    assert [failures.result(number)["status"] for number in range(2)] == ["failed", "completed"]
 
 
 def test_job_whose_rank_dies_ends_within_30_seconds(sweeps: dict[str, Sweep]) -> None:
-    for name, failed in (("failures", (0, 1)), ("joblib", (1,))):
+    for name, failed in (("failures", (0,)), ("joblib", (1,))):
         for number in failed:
             failure = sweeps[name].result(number)["overrides"][0].removeprefix("failure=")
             times = re.findall(rf"{failure} on 2 ranks: the time is (\d+\.\d+)", sweeps[name].done.output)
@@ -169,14 +169,13 @@ def test_job_whose_rank_dies_ends_within_30_seconds(sweeps: dict[str, Sweep]) ->
 
 
 def test_failed_jobs_are_rows_of_the_table(sweeps: dict[str, Sweep]) -> None:
-    table = sweeps["failures"].table(3)
+    table = sweeps["failures"].table(2)
     assert in_order(
         table,
         [
-            "failure=rank0_is_killed         -",
-            "FAILED rank 0 ended with SIGKILL, as when memory runs out; its own output above may",
+            "failure=rank0_sleeps         -",
             "FAILED rank 1 of 2 failed with ValueError: rank 1 alone finds a mistake\n",
-            "completed\n2 of 3 jobs were not completed: 0, 1.\nTo run what is missing, repeat the command with ",
+            "completed\n1 of 2 jobs were not completed: 0.\nTo run what is missing, repeat the command with ",
             f"hydra.sweep.dir={sweeps['failures'].folder} {RESUME}\n",
         ],
     ), table
@@ -186,16 +185,15 @@ def test_failure_is_told_when_it_happens(sweeps: dict[str, Sweep]) -> None:
     assert in_order(
         sweeps["failures"].done.output,
         [
-            "lit_zero: job 0 (failure=rank0_is_killed) has failed, the sweep goes on. rank 0 ended with SIGKILL",
             "Error executing job with overrides: ['failure=rank0_sleeps']",
             "The traceback of rank 1:",
             "in _fail",
-            "lit_zero: job 1 (failure=rank0_sleeps) has failed, the sweep goes on. rank 1 of 2 failed with ValueError",
-            "3 jobs in",
+            "lit_zero: job 0 (failure=rank0_sleeps) has failed, the sweep goes on. rank 1 of 2 failed with ValueError",
+            "2 jobs in",
         ],
     )
     assert in_order(
-        sweeps["failures"].result(1)["error"],
+        sweeps["failures"].result(0)["error"],
         ["rank 1 of 2 failed with ValueError", "The traceback of rank 1:", "ValueError: rank 1 alone finds a mistake"],
     )
 
@@ -203,7 +201,7 @@ def test_failure_is_told_when_it_happens(sweeps: dict[str, Sweep]) -> None:
 @pytest.mark.parametrize("launcher", ["joblib", "submitit"])
 def test_jobs_in_worker_processes(sweeps: dict[str, Sweep], launcher: str) -> None:
     at_once = sweeps[launcher]
-    jobs = {"joblib": [1, None], "submitit": [2]}[launcher]  # ranks; the job that fails has none to show
+    jobs = {"joblib": [1, None], "submitit": [1]}[launcher]  # ranks; the job that fails has none to show
     assert at_once.done.code == jobs.count(None), at_once.done.output
     for number, devices in enumerate(jobs):
         assert at_once.result(number)["status"] == ("failed" if devices is None else "completed"), at_once.done.output
@@ -217,17 +215,14 @@ def test_jobs_in_worker_processes(sweeps: dict[str, Sweep], launcher: str) -> No
 
 def test_ranks_of_an_unseeded_search_see_the_same_values(sweeps: dict[str, Sweep]) -> None:
     assert sweeps["optuna"].done.code == 0, sweeps["optuna"].done.output
-    drawn = []
-    for number in range(2):
-        ranks = sweeps["optuna"].seen(number)
-        assert [rank["world_size"] for rank in ranks] == [2, 2]
-        assert ranks[0]["lr"] == ranks[1]["lr"] == ranks[0]["config"]["lr"] == ranks[1]["config"]["lr"]
-        assert f"lr={ranks[0]['lr']}" in sweeps["optuna"].result(number)["overrides"]
-        assert ranks[0]["loss"] == ranks[1]["loss"] == sweeps["optuna"].result(number)["returned"]
-        drawn.append(ranks[0]["lr"])
-    assert drawn[0] != drawn[1], "nothing was drawn"
+    ranks, result = sweeps["optuna"].seen(0), sweeps["optuna"].result(0)
+    assert [rank["world_size"] for rank in ranks] == [2, 2]
+    assert ranks[0]["lr"] == ranks[1]["lr"] == ranks[0]["config"]["lr"] == ranks[1]["config"]["lr"]
+    assert f"lr={ranks[0]['lr']}" in result["overrides"]
+    assert ranks[0]["loss"] == ranks[1]["loss"] == result["returned"]
+    assert 0.01 < ranks[0]["lr"] < 0.2 and ranks[0]["lr"] != 0.1, "nothing was drawn"
     best = (sweeps["optuna"].folder / "optimization_results.yaml").read_text()
-    assert f"best_value: {min(sweeps['optuna'].result(number)['returned'] for number in range(2))}\n" in best
+    assert f"best_value: {result['returned']}\n" in best
 
 
 def test_search_of_the_main_job_minimizes_its_validation_loss(sweeps: dict[str, Sweep]) -> None:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from tests.warm import run_cold, run_python
 
 SCRIPT = """
     import json
@@ -106,12 +106,11 @@ def start(name: str, folder: Path) -> Finished:
     folder.mkdir()
     script = folder / "script.py"
     script.write_text(textwrap.dedent(SCRIPT))
-    command = [sys.executable, *(TORCHRUN if launcher else ()), str(script), *arguments, str(folder)]
+    command = [*(TORCHRUN if launcher else ()), str(script), *arguments, str(folder)]
     environment = {k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
-    run = subprocess.run(
-        command, cwd=folder, env={**environment, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120
-    )
-    return Finished(run.returncode, run.stdout + run.stderr, folder, time.time())
+    run = run_python if arguments[0] == "lightning" else run_cold  # what else is imported counts
+    done = run(command, folder, {**environment, "OMP_NUM_THREADS": "1"}, 120)
+    return Finished(done.code, done.output, folder, time.time())
 
 
 @pytest.fixture(scope="module")

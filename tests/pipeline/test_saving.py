@@ -98,7 +98,7 @@ def test_from_any_pipeline_to_any_other(
 
 
 def test_plain_checkpoints_resume(ranks: Any, tmp_path: Path, plain: tuple[Outcome, Path]) -> None:
-    fits = [replace(fit, resume=plain[1]) for fit in ways("full").values() if fit.devices == 2]
+    fits = [replace(fit, epochs=2, resume=plain[1]) for fit in ways("full").values() if fit.devices == 2]
     for each in ranks(2).run(train_all, fits, tmp_path, timeout=120)[0]:
         check_second_half(each, plain[0])
 

@@ -115,7 +115,7 @@ class Fit:
     module: Callable[..., pl.LightningModule] = LitGPT
     arguments: dict[str, Any] = field(default_factory=dict)
     rows: int = ROWS
-    epochs: int = 2
+    epochs: int = 1
     resume: Any = None
     look: Callable[[pl.Trainer], Any] | None = None
     before: Callable[[pl.Trainer, pl.LightningModule], Any] | None = None

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
-import sys
 import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.strategy.test_clusters import SLURM, environment, free_port
+from tests.warm import run_cold, run_python
 
 SCRIPT = """
     import json
@@ -147,17 +146,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Finished]:
         folder = tmp_path_factory.mktemp(case.replace(" ", "_").replace(",", ""))
         (folder / "train.py").write_text(textwrap.dedent(SCRIPT))
         start, variables = started_by(launcher)
-        command = [sys.executable, *start, str(folder / "train.py"), *arguments, str(folder)]
-        done = subprocess.run(
-            command,
-            cwd=folder,
-            env=environment(**variables),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=200,
-        )
-        return Finished(done.returncode, done.stdout, folder, time.time())
+        command = [*start, str(folder / "train.py"), *arguments, str(folder)]
+        python = run_python if arguments[0] == "lightning" else run_cold  # what else is imported counts
+        done = python(command, folder, environment(**variables), 200)
+        return Finished(done.code, done.output, folder, time.time())
 
     cases = [case for case in CASES if CASES[case][1] == "lightning" or importlib.util.find_spec(CASES[case][1])]
     with ThreadPoolExecutor(2) as pool:
