@@ -6,6 +6,7 @@ So a stage's boundary lies outside of what is computed again, and a repetition f
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -60,6 +61,12 @@ class Activations:
         """Wrap the blocks of a module. All ranks together."""
         release(module)
         group, device = None, strategy.root_device
+        if self.policy.variant == "offload" and device.type == "cpu" and strategy.is_global_zero:
+            warnings.warn(
+                "activation=offload on a CPU: tensors are copied within the same, pageable memory. This shows what "
+                "would be moved, and saves nothing.",
+                stacklevel=2,
+            )
         if self.policy.variant == "partition":
             groups = self.groups(data_groups)
             group = open_exchange(strategy.comm, device, None, strategy.timeout, groups, large=False)

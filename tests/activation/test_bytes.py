@@ -23,7 +23,6 @@ def found(request: pytest.FixtureRequest) -> dict[str, Found]:
     }
 
 
-@pytest.mark.filterwarnings("ignore:activation=offload on a CPU")
 def test_bytes_flops_and_bits(found: dict[str, Found]) -> None:
     layers = found.pop("layers")
     none = found["none"]

@@ -16,8 +16,6 @@ from tests.compile.test_compile import BLOCKS, FIT, fit_all
 from tests.strategy.harness import Fit, same_bits
 from tests.zero.harness import tokens
 
-pytestmark = pytest.mark.filterwarnings("ignore:activation=offload on a CPU")
-
 
 def compiled(way: str) -> Any:
     torch.manual_seed(0)
@@ -30,10 +28,13 @@ def compiled(way: str) -> Any:
     return model
 
 
-@pytest.mark.parametrize("way", ["whole", *BLOCKS])
-def test_one_process(way: str) -> None:
+@pytest.mark.parametrize(
+    ("way", "variants"),
+    [("whole", ["full", "offload"]), ("forward", ["budget"]), ("compile()", ["full"]), ("module", ["every_n"])],
+)
+def test_one_process(way: str, variants: list[str]) -> None:
     expected = gradients(compiled(way), None, tokens(0))
-    for variant in ("full", "every_n", "offload", "budget"):
+    for variant in variants:
         same(gradients(compiled(way), VARIANTS[variant], tokens(0)), expected)
     torch._dynamo.reset()
 

@@ -256,6 +256,27 @@ class During(Callback):
         assert all("forward" in vars(block) for block in module.model.blocks)
 
 
+def skipped() -> list[str]:
+    """In the first step a rank leaves a block out, and every rank another one; the last runs on no rank."""
+    torch.manual_seed(0)
+    model, exchange = DropGPT(layers=4), open_exchange(Comm(), CPU)
+    applied = Applied(model, Activation("budget", budget=70_000), "auto", CPU)
+    x = torch.randn(8, 9, 12, requires_grad=True)
+    applied.step_is_over(exchange)
+    assert not applied.choices, "nothing has run on any rank"
+    if exchange.rank:
+        x.sum().backward()
+    else:
+        model.blocks[exchange.rank](x).sum().backward()
+    applied.step_is_over(exchange)
+    return list(applied.choices.values())
+
+
+def test_ranks_on_which_other_blocks_ran_choose_alike(ranks: Any) -> None:
+    one, other = ranks(2).run(skipped)
+    assert one == other == ["keep", *["recompute"] * 3]
+
+
 def test_peers_choose_alike() -> None:
     """The slowest rank's link and the largest bytes count."""
 
