@@ -5,8 +5,8 @@ those that it can. A block's forward is such a frame, and must be when it is com
 tensors: but that is in the backward, where nobody watches. So who watches the block's call is noted, and put back for
 the repetition. What this package does itself, in between, nobody is to look at.
 
-Torch's names for this are private, and are what they were for years. In a release without them, blocks inside of what is
-compiled as a whole may save other tensors when they are computed again, which is an error; nothing else is lost.
+Torch's names for this are private, though they have long been the same. In a release without them, blocks inside of
+what is compiled as a whole may save other tensors when they are computed again, an error; nothing else is lost.
 """
 
 from __future__ import annotations

@@ -168,7 +168,12 @@ class Repetition:
             saved_tensors_hooks(self._fill, _as_it_is),
             contextlib.suppress(_Enough),
         ):
-            self._run(*args, **kwargs)
+            try:
+                self._run(*args, **kwargs)
+            except Exception as error:  # the user's own, or memory has run out
+                if not isinstance(error, LitZeroError):
+                    error.add_note(str(self._refusal("it did not fail in the forward, and now it has")))
+                raise
         if self._filled < len(self._places):
             raise self._refusal(f"it saved {len(self._places)} tensors, and now {self._filled}")
         del self._second  # and the results that selective has kept

@@ -196,6 +196,28 @@ def test_a_buffer_that_is_written_now_and_then_is_named() -> None:
         run(lambda: Stack(Sometimes), VARIANTS["full"])
 
 
+class Once(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.left = nn.Linear(8, 8), [1.0]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.linear(x * self.left.pop()))
+
+
+def test_a_block_that_fails_the_second_time_is_named() -> None:
+    model = Stack(Once)
+    apply(model, VARIANTS["full"])
+    with pytest.raises(IndexError) as caught:
+        model().sum().backward()
+    assert caught.value.__notes__ == [
+        "Block 'blocks.2' does something else when it is computed again: it did not fail in the forward, and now it "
+        "has. What it does may depend on its arguments, parameters and random numbers only, not on what it has stored "
+        "elsewhere (a cache: use_cache=False; a counter). Leave the block out with activation.blocks, or use "
+        "activation='offload'."
+    ]
+
+
 class Holder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
