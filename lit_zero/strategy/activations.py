@@ -81,8 +81,9 @@ class Activations:
     def _alive(self) -> list[Applied]:
         return [applied for held in self._applied if (applied := held()) is not None]
 
-    def backward_begins(self, peers: Exchange, crowd: tuple[int, int] = (1, 1)) -> None:
-        """Choose, where the first step's forward has to be seen before; no weight has been changed yet.
+    def choose(self, peers: Exchange, crowd: tuple[int, int] = (1, 1)) -> None:
+        """Choose, where the first step's forward has to be seen before; no weight has been changed yet. All peers
+        together.
 
         Args:
             peers: ranks that run the same blocks.

@@ -30,7 +30,7 @@ def compiled(way: str) -> Any:
 
 @pytest.mark.parametrize(
     ("way", "variants"),
-    [("whole", ["full", "offload"]), ("forward", ["budget"]), ("compile()", ["full"]), ("module", ["every_n"])],
+    [("whole", ["full"]), ("forward", ["offload"]), ("compile()", ["full"]), ("module", ["every_n"])],
 )
 def test_one_process(way: str, variants: list[str]) -> None:
     expected = gradients(compiled(way), None, tokens(0))
