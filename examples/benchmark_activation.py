@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-import warnings
 from dataclasses import dataclass, field
 
 import torch
@@ -199,7 +198,6 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="of torch, on a CPU")
     given = parser.parse_args()
-    warnings.filterwarnings("ignore", message="activation=offload on a CPU")  # said above
     torch.set_num_threads(given.threads)
     for layers in given.layers:
         sizes = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import types
-import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -107,12 +106,6 @@ class Applied:
         names = check_fit(module, policy, units)
         if policy.variant in ("offload", "budget"):
             self.host = Host(device, policy.setting("threshold"), policy.setting("in_flight"))
-        if policy.variant == "offload" and device.type == "cpu":
-            warnings.warn(
-                "activation=offload on a CPU: tensors are copied within the same, pageable memory. This shows what "
-                "would be moved, and saves nothing.",
-                stacklevel=2,
-            )
         self._makes: dict[Choice, Callable[[str, nn.Module], Treatment]] = {
             KEEP: Treatment,
             RECOMPUTE: self._recomputed(group),
@@ -147,21 +140,23 @@ class Applied:
         Raises:
             ConfigError: if nothing fits the budget.
         """
-        entries = {n: e for n, e in self._entries.items() if isinstance(e.treatment, Watched) and e.treatment.found}
-        if not entries:
+        if self.policy.variant != "budget" or self.choices:
             return
         assert self.host is not None
-        facts = []
-        for entry in entries.values():
-            assert isinstance(entry.treatment, Watched)
-            facts.append(_per_micro_batch(entry.treatment.found, micro_batches))
+        seen = {n: e.treatment for n, e in self._entries.items() if isinstance(e.treatment, Watched)}
+        facts = [each.found.shared(micro_batches) for each in seen.values()]
         agreed, link = self._agree(peers, facts, self.host.link() if self.host.frees else 0)
+        ran = [number for number, each in enumerate(agreed) if each.forward]
+        if not ran:  # on no rank: this backward goes through something else
+            return
         budget = self.policy.setting("budget")
-        choices = cheapest(agreed, budget, alive, link, self.host.overlaps)
-        self.choices = dict(zip(entries, choices, strict=True))
-        for name, entry in self._entries.items():
-            make = self._makes[self.choices.get(name, RECOMPUTE)]  # what has not run yet must not add to the bytes
-            entry.treatment = make(name, entry.treatment.module)
+        flight = 2 * self.policy.setting("in_flight")
+        chosen = cheapest([agreed[n] for n in ran], budget, alive, link, self.host.overlaps, flight)
+        found = dict(zip(ran, chosen, strict=True))
+        for number, (name, first) in enumerate(seen.items()):
+            choice = found.get(number, RECOMPUTE)  # what has not run yet must not add to the bytes
+            self.choices[name] = choice
+            self._entries[name].treatment = self._makes[choice](name, first.module)
 
     def _agree(self, peers: Exchange, facts: Sequence[Facts], link: int) -> tuple[list[Facts], int]:
         """Return the largest of what the ranks have found, and the slowest link: all must choose alike."""
@@ -224,9 +219,3 @@ def _choices(policy: Activation, count: int) -> list[Choice]:
     if policy.variant == "every_n":
         return every(policy.setting("n"), count)
     return [OFFLOAD if policy.variant == "offload" else RECOMPUTE] * count
-
-
-def _per_micro_batch(found: Sequence[Facts], micro_batches: int) -> Facts:
-    """Add the calls of a step up; a block may run several times for a micro-batch."""
-    sums = (sum(getattr(f, key) for f in found) for key in ("kept", "inputs", "small", "moved", "forward"))
-    return Facts(*(-(-each // micro_batches) for each in sums))

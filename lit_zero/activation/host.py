@@ -129,8 +129,10 @@ class Host:
 
     def takes(self, tensor: torch.Tensor) -> bool:
         """Return whether a saved tensor is worth a copy, and plain enough."""
-        plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
-        return plain and tensor.device.type == self._device.type and tensor.nbytes >= max(1, self._threshold)
+        if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout is not torch.strided:
+            return False
+        expanded = tensor.nbytes > tensor.untyped_storage().nbytes()  # its copy would take more than it does
+        return tensor.device.type == self._device.type and tensor.nbytes >= max(1, self._threshold) and not expanded
 
     def move(self, tensor: torch.Tensor, shelf: Shelf) -> Moved:
         """Copy a tensor to host memory; wait first for older copies if too much is on its way."""

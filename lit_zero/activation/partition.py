@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only
 
-from lit_zero.activation.recompute import Call, Kept
+from lit_zero.activation.recompute import Kept
+from lit_zero.activation.surroundings import Call
 from lit_zero.comm.exchange import Exchange, Gather
 from lit_zero.core.errors import LitZeroError
 

@@ -25,12 +25,10 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from lit_zero.activation.compiling import UNTRACED
-from lit_zero.activation.surroundings import Buffers, Surroundings
+from lit_zero.activation.operators import Contexts
+from lit_zero.activation.surroundings import Buffers, Call, Surroundings, version_of
 from lit_zero.core.errors import LitZeroError
 from lit_zero.core.nested import tensors_in
-
-Contexts = tuple[contextlib.AbstractContextManager[Any], contextlib.AbstractContextManager[Any]]
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class _Enough(BaseException):
@@ -42,16 +40,18 @@ class _Saved:
 
     Attributes:
         value: the tensor, once the block has run again.
+        version: of the tensor when it was saved then. Autograd does not compare them for what hooks give it.
     """
 
-    __slots__ = ("__weakref__", "value")
+    __slots__ = ("__weakref__", "value", "version")
 
     def __init__(self) -> None:
         self.value: torch.Tensor | None = None
+        self.version = 0
 
 
 class Kept:
-    """Arguments, as they are.
+    """Arguments, as they are now: in containers of their own, which nobody else fills with something else.
 
     Args:
         call: ``(args, kwargs)`` of a block.
@@ -59,17 +59,24 @@ class Kept:
     """
 
     def __init__(self, call: Call, title: str) -> None:
-        self._call, self._title = call, title
-        self._versions = [(t, t._version) for t in tensors_in(call) if not t.is_inference()]
+        self._call: Call = _own(call)
+        self._title = title
+        self._versions = [(t, version_of(t)) for t in tensors_in(self._call)]
 
     def back(self) -> Call:
         """Return the arguments.
 
         Raises:
-            LitZeroError: if one has been written to since.
+            LitZeroError: if a tensor in them has been written to since, or an object has another one in its place.
         """
+        now = {id(tensor) for tensor in tensors_in(self._call)}
+        if any(id(tensor) not in now for tensor, _ in self._versions):
+            raise LitZeroError(
+                f"Block {self._title!r} is to be computed again, but an object among its arguments holds other tensors "
+                "than it did. Give it one that does not change, or leave the block out with activation.blocks."
+            )
         for tensor, version in self._versions:
-            if tensor._version != version:
+            if version_of(tensor) != version:
                 raise LitZeroError(
                     f"Block {self._title!r} is to be computed again, but an argument of it, shape "
                     f"{list(tensor.shape)}, has been written to since. Do not change it in place, or leave the block "
@@ -78,15 +85,25 @@ class Kept:
         return self._call
 
 
+def _own(value: Any) -> Any:
+    """Return plain containers anew, with the same in them."""
+    if type(value) is dict:
+        return {key: _own(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_own(item) for item in value)
+    return value
+
+
 class Repetition:
     """One call of a block, which can be computed again.
 
     Args:
         title: the block, for messages.
         run: its forward.
+        surroundings: of the block.
         buffers: of the block.
         keep: makes of the arguments what is kept of them.
-        contexts: what the forward and its repetition run in; see ``create_selective_checkpoint_contexts``.
+        contexts: what the forward and its repetition run in; see ``operators.keeping``.
         saved: is given every tensor that autograd saves in the forward.
     """
 
@@ -94,12 +111,14 @@ class Repetition:
         self,
         title: str,
         run: Callable[..., Any],
+        surroundings: Surroundings,
         buffers: Buffers,
         keep: Callable[[Call, str], Any] = Kept,
         contexts: Contexts | None = None,
         saved: Callable[[torch.Tensor], None] | None = None,
     ) -> None:
-        self._title, self._run, self._buffers, self._keep, self._saved = title, run, buffers, keep, saved
+        self._title, self._run, self._keep, self._saved = title, run, keep, saved
+        self._surroundings, self._buffers = surroundings, buffers
         plain: Contexts = contextlib.nullcontext(), contextlib.nullcontext()
         self._first, self._second = contexts or plain
         self._places: list[weakref.ref[_Saved]] = []
@@ -108,8 +127,7 @@ class Repetition:
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the block."""
-        kinds = {tensor.device.type for tensor in tensors_in((args, kwargs))}
-        self._surroundings = Surroundings(kinds)
+        self._moment = self._surroundings.now((args, kwargs))
         before = self._buffers.before()
         self._inputs = self._keep((args, kwargs), self._title)
         with saved_tensors_hooks(self._pack, self._unpack), self._first:
@@ -134,6 +152,8 @@ class Repetition:
         if place.value is None:
             self._again()
         assert place.value is not None
+        if version_of(place.value) != place.version:
+            raise changed_in_place(self._title, place.value)
         return place.value
 
     def _again(self) -> None:
@@ -141,14 +161,19 @@ class Repetition:
             raise self._refusal("a tensor is asked for that it has not given")
         (args, kwargs), self._inputs = self._inputs.back(), None
         with (
-            self._surroundings.again(),
+            self._moment.again(),
             self._buffers.as_before(self._written),
             torch.enable_grad(),
             self._second,
             saved_tensors_hooks(self._fill, _as_it_is),
             contextlib.suppress(_Enough),
         ):
-            self._run(*args, **kwargs)
+            try:
+                self._run(*args, **kwargs)
+            except Exception as error:  # the user's own, or memory has run out
+                if not isinstance(error, LitZeroError):
+                    error.add_note(str(self._refusal("it did not fail in the forward, and now it has")))
+                raise
         if self._filled < len(self._places):
             raise self._refusal(f"it saved {len(self._places)} tensors, and now {self._filled}")
         del self._second  # and the results that selective has kept
@@ -161,7 +186,7 @@ class Repetition:
             raise self._refusal(f"the saved tensor {number} was {was}, and now is {now}")
         place = self._places[number]()
         if place is not None:  # else this part of the graph is gone already
-            place.value = tensor
+            place.value, place.version = tensor, version_of(tensor)
         self._filled += 1
         if self._filled == len(self._places):
             raise _Enough
@@ -181,3 +206,11 @@ def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
 
 def _facts(tensor: torch.Tensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.dtype, tensor.device
+
+
+def changed_in_place(title: str, tensor: torch.Tensor) -> LitZeroError:
+    """Return what says that a saved tensor is not any more what it was when it was saved."""
+    return LitZeroError(
+        f"Block {title!r} has saved a tensor of shape {list(tensor.shape)} for its backward, which has been changed in "
+        "place since. Use the operation that is not in place: torch refuses this one without activation too."
+    )

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from lit_zero.activation.compiling import UNTRACED
 from lit_zero.activation.host import Host, Moved, Shelf
+from lit_zero.activation.operators import keeping
 from lit_zero.activation.plan import Facts
-from lit_zero.activation.recompute import Call, Contexts, Kept, Repetition
-from lit_zero.activation.surroundings import Buffers
+from lit_zero.activation.recompute import Kept, Repetition, changed_in_place
+from lit_zero.activation.surroundings import Buffers, Call, Surroundings, version_of
 from lit_zero.core.nested import tensors_in
 
 Run = Callable[..., Any]
@@ -55,7 +55,8 @@ class Recomputed(Treatment):
         operators: frozenset[Any] = frozenset(),
     ) -> None:
         super().__init__(title, module)
-        self._keep, self._operators, self._buffers = keep, operators, Buffers(module)
+        self._keep, self._operators = keep, operators
+        self._surroundings, self._buffers = Surroundings(module), Buffers(module, title)
 
     def __call__(self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the block so that it can be computed again."""
@@ -63,18 +64,8 @@ class Recomputed(Treatment):
 
     def repetition(self, run: Run, saved: Callable[[torch.Tensor], None] | None = None) -> Repetition:
         """Return what runs the block once, and again in the backward."""
-        return Repetition(self.title, run, self._buffers, self._keep, self._contexts(), saved)
-
-    def _contexts(self) -> Contexts | None:
-        if not self._operators:
-            return None
-
-        def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-            kept = operator in self._operators
-            return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
-
-        first, second = create_selective_checkpoint_contexts(policy)
-        return first, second
+        contexts = keeping(self._operators) if self._operators else None
+        return Repetition(self.title, run, self._surroundings, self._buffers, self._keep, contexts, saved)
 
 
 class Offloaded(Treatment):
@@ -92,17 +83,27 @@ class Offloaded(Treatment):
 
     def __call__(self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the block."""
-        call = _Moves(self._host, memory_of(self.module))
+        call = _Moves(self.title, self._host, memory_of(self.module))
         with saved_tensors_hooks(call.pack, call.unpack):
             output = run(*args, **kwargs)
         call.known.clear()
         return output
 
 
+class _Stays:
+    """Stands in the graph for a tensor that stays. Autograd does not compare versions of what hooks give it."""
+
+    __slots__ = ("tensor", "version")
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor, self.version = tensor, version_of(tensor)
+
+
 class _Moves:
     """What one call of a block moves.
 
     Args:
+        title: the block, for messages.
         host: where to.
         staying: storages that stay.
 
@@ -111,15 +112,15 @@ class _Moves:
             over, since its memory would else be given to another tensor, which could not be told from it.
     """
 
-    def __init__(self, host: Host, staying: set[int]) -> None:
-        self._host, self._staying, self._shelf = host, staying, Shelf(host)
+    def __init__(self, title: str, host: Host, staying: set[int]) -> None:
+        self._title, self._host, self._staying, self._shelf = title, host, staying, Shelf(host)
         self.known: dict[Any, tuple[torch.Tensor, Moved]] = {}
 
     @torch.compiler.disable(reason=UNTRACED)
-    def pack(self, tensor: torch.Tensor) -> torch.Tensor | Moved:
+    def pack(self, tensor: torch.Tensor) -> _Stays | Moved:
         """Return what stands in the graph for a saved tensor."""
         if not self._host.takes(tensor) or tensor.untyped_storage().data_ptr() in self._staying:
-            return tensor
+            return _Stays(tensor)
         key = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version
         if key not in self.known:
             self.known[key] = tensor, self._host.move(tensor, self._shelf)
@@ -127,9 +128,13 @@ class _Moves:
         return self.known[key][1]
 
     @torch.compiler.disable(reason=UNTRACED)
-    def unpack(self, place: torch.Tensor | Moved) -> torch.Tensor:
+    def unpack(self, place: _Stays | Moved) -> torch.Tensor:
         """Return the tensor."""
-        return self._host.take(place) if isinstance(place, Moved) else place
+        if isinstance(place, Moved):
+            return self._host.take(place)
+        if version_of(place.tensor) != place.version:
+            raise changed_in_place(self._title, place.tensor)
+        return place.tensor
 
 
 class Watched(Recomputed):
@@ -141,13 +146,13 @@ class Watched(Recomputed):
         host: says which tensors could be moved.
 
     Attributes:
-        found: what each call has shown.
+        found: what its calls have shown, added up.
     """
 
     def __init__(self, title: str, module: nn.Module, host: Host) -> None:
         super().__init__(title, module)
         self._host = host
-        self.found: list[Facts] = []
+        self.found = Facts()
 
     def __call__(self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the block, and take its time."""
@@ -165,7 +170,7 @@ class Watched(Recomputed):
         moved = [tensor for tensor in own if self._host.takes(tensor)]
         small = [tensor for tensor in own if not self._host.takes(tensor)]
         moves = {(t.data_ptr(), t.shape, t.stride(), t.dtype): t.nbytes for t in moved}
-        self.found.append(
+        self.found = self.found.plus(
             Facts(
                 kept=storage_bytes(own),
                 inputs=storage_bytes(list(tensors_in(call))),

@@ -6,6 +6,7 @@ So a stage's boundary lies outside of what is computed again, and a repetition f
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -60,6 +61,12 @@ class Activations:
         """Wrap the blocks of a module. All ranks together."""
         release(module)
         group, device = None, strategy.root_device
+        if self.policy.variant == "offload" and device.type == "cpu" and strategy.is_global_zero:
+            warnings.warn(
+                "activation=offload on a CPU: tensors are copied within the same, pageable memory. This shows what "
+                "would be moved, and saves nothing.",
+                stacklevel=2,
+            )
         if self.policy.variant == "partition":
             groups = self.groups(data_groups)
             group = open_exchange(strategy.comm, device, None, strategy.timeout, groups, large=False)
@@ -74,8 +81,9 @@ class Activations:
     def _alive(self) -> list[Applied]:
         return [applied for held in self._applied if (applied := held()) is not None]
 
-    def backward_begins(self, peers: Exchange, crowd: tuple[int, int] = (1, 1)) -> None:
-        """Choose, where the first step's forward has to be seen before; no weight has been changed yet.
+    def choose(self, peers: Exchange, crowd: tuple[int, int] = (1, 1)) -> None:
+        """Choose, where the first step's forward has to be seen before; no weight has been changed yet. All peers
+        together.
 
         Args:
             peers: ranks that run the same blocks.

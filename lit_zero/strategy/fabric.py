@@ -239,7 +239,7 @@ class FabricZeroStrategy(Ranked, fabric_strategies.ParallelStrategy):
             alone = self._managed.alone
             taking_part = [] if alone is None else [alone.engine]
         for engine in taking_part:
-            self.activations.backward_begins(engine.exchange)
+            self.activations.choose(engine.exchange)
             engine.begin_backward(tensor)
         super().backward(tensor, module, *args, **kwargs)
         for engine in taking_part:
@@ -249,8 +249,10 @@ class FabricZeroStrategy(Ranked, fabric_strategies.ParallelStrategy):
         """Step an optimizer; replicated parameters are complete afterwards: what the user's loop reads next (a moving
         average, a penalty on weights) goes through no module.
         """
-        output = super().optimizer_step(optimizer, **kwargs)
         found = self._managed.find_optimizer(optimizer)
+        if found is not None:
+            self.activations.choose(found[0].engine.exchange)  # if loss.backward() has told nobody
+        output = super().optimizer_step(optimizer, **kwargs)
         if found is not None:
             found[0].engine.wait_for_parameters()
         return output

@@ -299,7 +299,7 @@ class ZeroStrategy(BecomesFabric, Loading, Piping):
 
     def pre_backward(self, closure_loss: torch.Tensor) -> None:
         """Stop before a loss that is no number reaches a weight."""
-        self.activations.backward_begins(self.engine.exchange, self.stages.crowd)
+        self.activations.choose(self.engine.exchange, self.stages.crowd)
         assert self.lightning_module is not None
         self.refuse_loss(
             closure_loss,

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import random
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from lit_zero.core.randomness import random_states, seed_everything, set_random_states
 from lit_zero.pipeline.micro_batches import MicroBatches, together
 from lit_zero.strategy.logged import Logged, Told, to_device
 from lit_zero.strategy.measured import Metrics
@@ -44,7 +43,6 @@ class Work:
     ) -> None:
         self._module, self._engine, self._plugin = strategy.lightning_module, engine, strategy.precision_plugin
         self._metrics, self._last, self._micro, self._seed, self._step = metrics, last, micro, seed, step
-        self._device = strategy.root_device
         self._training = name == "training_step"
         self._accumulate = self._module.trainer.accumulate_grad_batches if self._training else 1
         self._logged = Logged(self._module)
@@ -52,27 +50,22 @@ class Work:
     @contextlib.contextmanager
     def set_apart(self) -> Iterator[None]:
         """Inside, random numbers are those of micro-batches, and what is logged is kept."""
-        numpy: Any = sys.modules.get("numpy")
-        before = random.getstate(), numpy.random.get_state() if numpy else None
-        devices = [self._device] if self._device.type == "cuda" else []
-        module: Any = self._module
+        before, module = random_states(), self._module
         self._metrics.begin()
-        with torch.random.fork_rng(devices=devices), self._engine.buffers.at_rest():
+        with self._engine.buffers.at_rest():
             module.log, self._metrics.in_step = self._logged.ignore, True
             try:
                 yield
             finally:
                 del module.log
                 self._metrics.in_step = False
-                random.setstate(before[0])
-                if numpy:
-                    numpy.random.set_state(before[1])
+                set_random_states(before)
 
     def forward(self, number: int, micro_batch: int) -> Any:
         """Run the user's step on a micro-batch, as stage ``number``."""
         self._engine.begin_forward(share_buffers=False)
         seed_everything(seed_of(self._seed, micro_batch))
-        self._fresh = _generators(self._device)
+        self._fresh = random_states()
         module: Any = self._module
         part = self._micro.parts[micro_batch]
         if number == self._last:
@@ -113,13 +106,12 @@ class Work:
 
     def random_state(self) -> Any:
         """Return the states of the random generators that have moved since the micro-batch was seeded."""
-        now = _generators(self._device)
-        return {name: state for name, state in now.items() if state != self._fresh.get(name)}
+        return {name: state for name, state in random_states().items() if state != self._fresh.get(name)}
 
     def set_random_state(self, state: Any) -> None:
         """Go on from the state that has come with an activation."""
         if state:  # else nothing has been drawn before, here neither
-            _set_generators(self._fresh | state, self._device)
+            set_random_states(self._fresh | state)
 
     def told(self, results: dict[int, Any]) -> tuple[Any, Told, dict[str, int]]:
         """Return what the step has returned, what it has logged, and which metrics it has updated, as if it had run
@@ -134,29 +126,6 @@ class Work:
         return to_device(whole, torch.device("cpu")), self._logged.told(weights), self._metrics.updated()
 
 
-def _generators(device: torch.device) -> dict[str, Any]:
-    """Return the states of the random generators, in a form that can be compared and sent."""
-    found: dict[str, Any] = {"torch": torch.get_rng_state().numpy().tobytes(), "random": random.getstate()}
-    if device.type == "cuda":
-        found["cuda"] = torch.cuda.get_rng_state(device).numpy().tobytes()
-    numpy: Any = sys.modules.get("numpy")
-    if numpy:
-        kind, keys, *rest = numpy.random.get_state()
-        found["numpy"] = (kind, keys.tobytes(), *rest)
-    return found
-
-
-def _set_generators(found: dict[str, Any], device: torch.device) -> None:
-    torch.set_rng_state(torch.frombuffer(bytearray(found["torch"]), dtype=torch.uint8))
-    random.setstate(found["random"])
-    if "cuda" in found:
-        torch.cuda.set_rng_state(torch.frombuffer(bytearray(found["cuda"]), dtype=torch.uint8), device)
-    if "numpy" in found:
-        numpy: Any = sys.modules["numpy"]
-        kind, keys, *rest = found["numpy"]
-        numpy.random.set_state((kind, numpy.frombuffer(keys, dtype=numpy.uint32), *rest))
-
-
 def seed_of(seed: int, micro_batch: int) -> int:
     """Return the seed with which a micro-batch's step starts.
 
@@ -165,16 +134,3 @@ def seed_of(seed: int, micro_batch: int) -> int:
         micro_batch: its number.
     """
     return (seed + 0x9E3779B97F4A7C15 * micro_batch) % (1 << 63)
-
-
-def seed_everything(seed: int) -> None:
-    """Seed the generators of torch, of ``random`` and of numpy if that is in use."""
-    # Not torch.manual_seed: for kinds of devices that are not in use yet, it notes where it was called from, and that
-    # takes milliseconds.
-    torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_initialized():
-        torch.cuda.manual_seed(seed)
-    random.seed(seed)
-    numpy: Any = sys.modules.get("numpy")
-    if numpy:
-        numpy.random.seed(seed % (1 << 32))

@@ -23,7 +23,6 @@ def found(request: pytest.FixtureRequest) -> dict[str, Found]:
     }
 
 
-@pytest.mark.filterwarnings("ignore:activation=offload on a CPU")
 def test_bytes_flops_and_bits(found: dict[str, Found]) -> None:
     layers = found.pop("layers")
     none = found["none"]
@@ -31,19 +30,15 @@ def test_bytes_flops_and_bits(found: dict[str, Found]) -> None:
     assert text.count("yes") == len(found), text
     fewer = {name: none.saved / each.saved for name, each in found.items()}
     more = {name: (each.flops - none.flops) / none.flops for name, each in found.items()}
-    if layers == 24:
-        assert fewer["full"] > 10, text
-        assert fewer["offload"] > 20, text
-    else:
-        assert fewer["full"] > 5, text
-        assert fewer["offload"] > 5, text
+    assert fewer["full"] > (10 if layers == 24 else 5), text
+    assert fewer["offload"] > (20 if layers == 24 else 10), text
     assert 1.3 < fewer["selective"] < fewer["full"], text
     assert 1.5 < fewer["every_n (2)"] < 2.1, text
     assert fewer["budget (40 %)"] > 1.5, text
     # A forward more, of a forward and a backward twice as long; the head, and what comes after a block's last saved
     # tensor, are not computed again.
-    assert 0.28 < more["full"] < 1 / 3, text
-    assert 0.13 < more["every_n (2)"] < 1 / 6, text
+    assert 0.32 < more["full"] < 1 / 3, text
+    assert 0.16 < more["every_n (2)"] < 1 / 6, text
     assert more["selective"] == more["offload"] == 0, text
     assert 0 < more["budget (40 %)"] <= more["full"], text
     assert found["budget (40 %)"].saved <= 0.4 * none.saved, text  # and what is computed again fits beside it

@@ -10,8 +10,9 @@ import torch
 from lit_zero import Activation
 from lit_zero.core.errors import ConfigError
 from tests.activation.harness import VARIANTS, DropGPT
-from tests.fabric.harness import Loop, go_on, make_fabric, set_up, train_all, whole
+from tests.fabric.harness import Loop, go_on, loss_of, make_fabric, set_up, train_all, whole
 from tests.strategy.harness import same_bits
+from tests.zero.harness import tokens
 
 ALONE = {name: policy for name, policy in VARIANTS.items() if name != "partition"}
 
@@ -45,6 +46,24 @@ def one_after_the_other() -> list[int]:
 
 def test_setting_up_anew_takes_the_earlier_choice_off(ranks: Any) -> None:
     assert ranks(2).run(one_after_the_other)[0] == [2, 1]
+
+
+def unannounced() -> list[set[str]]:
+    """Run two steps with ``loss.backward()``, of which Fabric does not tell; return the choices after each part."""
+    one, found = loop(Activation("budget", budget=1 << 20)), []
+    fabric = make_fabric(one)
+    prepared, (optimizer,) = set_up(fabric, one)
+    [applied] = fabric.strategy.activations._alive()
+    for step in range(2):
+        loss_of(prepared, tokens(step)).backward()
+        found.append(set(applied.choices.values()))
+        optimizer.step()
+        found.append(set(applied.choices.values()))
+    return found
+
+
+def test_a_budget_is_chosen_before_the_first_step_at_the_latest(ranks: Any) -> None:
+    assert ranks(2).run(unannounced)[0] == [set(), {"keep"}, {"keep"}, {"keep"}]
 
 
 def test_a_model_without_blocks_is_refused() -> None:

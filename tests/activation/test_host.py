@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from lit_zero import Zero
 from lit_zero.activation.host import Host, Moved, Shelf
 from lit_zero.activation.policy import Activation
 from lit_zero.comm.exchange import Exchange
+from lit_zero.strategy.activations import Activations
 from tests.activation.harness import CPU, DropGPT, apply, gradients, same
 from tests.zero.harness import tokens
-
-pytestmark = pytest.mark.filterwarnings("ignore:activation=offload on a CPU")
 
 
 def put(host: Host, shelf: Shelf, count: int) -> list[Moved]:
@@ -59,9 +62,23 @@ def test_the_order_of_elements_in_memory_stays() -> None:
     assert back.data_ptr() != tensor.data_ptr()
 
 
-def test_a_cpu_is_told_that_it_saves_nothing() -> None:
-    with pytest.warns(UserWarning, match="activation=offload on a CPU: tensors are copied within the same, pageable"):
-        apply(DropGPT(), Activation("offload"))
+def test_a_cpu_is_told_once_that_it_saves_nothing() -> None:
+    for speaks in (False, True):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            strategy = SimpleNamespace(root_device=CPU, is_global_zero=speaks, zero=Zero())
+            Activations("offload").apply(strategy, DropGPT(), [[0, 1]])
+        assert [str(each.message) for each in told] == speaks * [
+            "activation=offload on a CPU: tensors are copied within the same, pageable memory. This shows what would "
+            "be moved, and saves nothing."
+        ]
+
+
+def test_what_a_copy_would_make_larger_stays() -> None:
+    host = Host(CPU, threshold=100, in_flight=1000)
+    row = torch.zeros(30)
+    assert host.takes(row) and host.takes(row.view(5, 6).T)
+    assert not host.takes(row.expand(40, 30))
 
 
 def test_parameters_and_their_views_stay() -> None:
@@ -86,7 +103,7 @@ def test_a_budget_takes_what_is_cheapest_of_all_three(monkeypatch: pytest.Monkey
         model = DropGPT(layers=6)
         if budget is None:
             return gradients(model, None, tokens(0)), set()
-        applied = apply(model, Activation("budget", budget=budget, threshold=64))
+        applied = apply(model, Activation("budget", budget=budget, threshold=64, in_flight=10_000))
         for number in range(2):
             torch.manual_seed(number)
             loss = model(tokens(0)).square().mean()

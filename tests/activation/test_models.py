@@ -20,8 +20,6 @@ from lit_zero.core.errors import LitZeroError
 from tests.activation.harness import VARIANTS, DropBlock, DropGPT, apply, gradients, same
 from tests.zero.harness import GPT, tokens
 
-pytestmark = pytest.mark.filterwarnings("ignore:activation=offload on a CPU")
-
 
 class Stack(nn.Module):
     """Some blocks on one stream, which is a leaf that wants a gradient."""

@@ -96,12 +96,15 @@ class Replicated(LitDropGPT):
         return DataLoader(TensorDataset(rows), 4)
 
 
-def fit_replicated(words: list[Activation], devices: int) -> list[dict[str, torch.Tensor]]:
+def fit_replicated(
+    words: list[Activation], devices: int, pipeline: Pipeline | None = None
+) -> list[dict[str, torch.Tensor]]:
     found = []
     for word in words:
         torch.manual_seed(0)
         module = Replicated(layers=4)
-        fit = Fit({"zero": "stage2", "activation": word}, devices, {"use_distributed_sampler": False}, epochs=1)
+        zero = {"zero": "stage2", "activation": word, "pipeline": pipeline or Pipeline()}
+        fit = Fit(zero, devices, {"use_distributed_sampler": False}, epochs=1)
         trainer = make_trainer(fit, Path("unused"), logger=False, callbacks=[], limit_val_batches=0)
         trainer.fit(module)
         found.append({k: v.clone() for k, v in trainer.strategy.lightning_module_state_dict().items()})
@@ -109,7 +112,14 @@ def fit_replicated(words: list[Activation], devices: int) -> list[dict[str, torc
 
 
 def test_partition_in_the_trainer(ranks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, parted = ranks(2).run(fit_replicated, [Activation(), VARIANTS["partition"]], 2)[0]
+    plain, parted = ranks(2).run(fit_replicated, [Activation(), VARIANTS["partition"]], 2, Pipeline())[0]
+    assert plain and same_bits(parted, plain)
+
+
+def test_partition_in_pipelines(ranks: Any) -> None:
+    """Two of them: the two ranks of each stage keep a part each."""
+    words = [Activation(), VARIANTS["partition"]]
+    plain, parted = ranks(4).run(fit_replicated, words, 4, Pipeline("zero_bubble", stages=2, micro_batches=2))[0]
     assert plain and same_bits(parted, plain)
 
 
@@ -254,6 +264,27 @@ def test_the_module_is_as_before_the_run(ranks: Any, tmp_path: Path) -> None:
 class During(Callback):
     def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
         assert all("forward" in vars(block) for block in module.model.blocks)
+
+
+def skipped() -> list[str]:
+    """In the first step a rank leaves a block out, and every rank another one; the last runs on no rank."""
+    torch.manual_seed(0)
+    model, exchange = DropGPT(layers=4), open_exchange(Comm(), CPU)
+    applied = Applied(model, Activation("budget", budget=70_000), "auto", CPU)
+    x = torch.randn(8, 9, 12, requires_grad=True)
+    applied.step_is_over(exchange)
+    assert not applied.choices, "nothing has run on any rank"
+    if exchange.rank:
+        x.sum().backward()
+    else:
+        model.blocks[exchange.rank](x).sum().backward()
+    applied.step_is_over(exchange)
+    return list(applied.choices.values())
+
+
+def test_ranks_on_which_other_blocks_ran_choose_alike(ranks: Any) -> None:
+    one, other = ranks(2).run(skipped)
+    assert one == other == ["keep", *["recompute"] * 3]
 
 
 def test_peers_choose_alike() -> None:

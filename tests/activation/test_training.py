@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,35 @@ def test_every_variant_equals_none_bit_for_bit(ranks: Any, stage: str, tmp_path:
     bit_equal(ranks(2).run(train_all, fits, tmp_path)[0])
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "zero_bubble"])
-@pytest.mark.parametrize("stage", ["none", "stage3"])
-def test_in_a_pipeline(ranks: Any, schedule: str, stage: str, tmp_path: Path) -> None:
-    pipeline = Pipeline(schedule, stages=2, micro_batches=4)
-    fits = [fit(stage, policy, pipeline=pipeline) for policy in (NONE, *ALONE.values())]
-    bit_equal(ranks(2).run(train_all, fits, tmp_path)[0])
+# By schedule: which variants are tried in which stages. Each schedule meets each variant, and so does each stage.
+PIPELINES: dict[str, dict[str, list[str]]] = {
+    "gpipe": {"none": ["full", "offload"], "stage1": ["every_n", "selective", "budget"]},
+    "1f1b": {"stage2": ["full", "selective"], "stage3": ["every_n", "offload", "budget"]},
+    "interleaved": {"none": ["every_n", "selective", "budget"], "stage3": ["full", "offload"]},
+    "zero_bubble": {"stage1": ["full", "offload"], "stage3": ["every_n", "selective", "budget"]},
+    "zbv": {"stage1": ["full", "selective"], "stage2": ["every_n", "offload", "budget"]},
+}
+
+
+@pytest.mark.parametrize("schedule", PIPELINES)
+def test_in_a_pipeline(ranks: Any, schedule: str, tmp_path: Path) -> None:
+    pipeline = Pipeline(schedule, stages=4 if schedule in ("interleaved", "zbv") else 2, micro_batches=4)
+    tried = [(stage, [NONE, *(VARIANTS[each] for each in words)]) for stage, words in PIPELINES[schedule].items()]
+    fits = [fit(stage, policy, pipeline=pipeline) for stage, policies in tried for policy in policies]
+    found = iter(ranks(2).run(train_all, fits, tmp_path, timeout=120)[0])
+    for _, policies in tried:
+        bit_equal([next(found) for _ in policies])
+
+
+def test_every_pair_is_tried() -> None:
+    for words in PIPELINES.values():
+        assert sorted(itertools.chain(*words.values())) == sorted(ALONE)
+    pairs = {(stage, word) for words in PIPELINES.values() for stage, each in words.items() for word in each}
+    assert len(pairs) == len(STAGES) * len(ALONE)
+
+
+def test_in_a_pipeline_of_ranks_that_shard(ranks: Any, tmp_path: Path) -> None:
+    """Two pipelines of two ranks: parameters are gathered for what is computed again, in both halves of a backward."""
+    pipeline = Pipeline("zero_bubble", stages=2, micro_batches=2)
+    fits = [fit("stage3", policy, 4, pipeline=pipeline) for policy in (NONE, VARIANTS["full"], VARIANTS["offload"])]
+    bit_equal(ranks(4).run(train_all, fits, tmp_path, timeout=120)[0])

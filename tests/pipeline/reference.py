@@ -8,9 +8,10 @@ import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
 
+from lit_zero.core.randomness import seed_everything
 from lit_zero.pipeline.micro_batches import cut
 from lit_zero.pipeline.policy import Pipeline
-from lit_zero.strategy.work import seed_everything, seed_of
+from lit_zero.strategy.work import seed_of
 from tests.callbacks.harness import ByFeature
 from tests.strategy.harness import LitGPT
 from tests.zero.harness import Block
