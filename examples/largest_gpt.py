@@ -31,7 +31,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "disk": {"where": "disk"},
     "disk, params": {"where": "disk", "params": True},
 }
-SHORT = ("out of memory", "not enough memory", "Cannot allocate", "MemoryError", "bad_alloc", "too little space", "(killed)")
+SHORT = (
+    "out of memory",
+    "not enough memory",
+    "Cannot allocate",
+    "MemoryError",
+    "bad_alloc",
+    "too little space",
+    "(killed)",
+)
 
 
 @dataclass(frozen=True)
@@ -145,13 +153,11 @@ def _fit(attempt: Attempt) -> Result:
     import lightning.pytorch as pl
     from gpt import GPT
 
-    from lit_zero import Offload, ZeroStrategy
+    from lit_zero import Offload, Zero, ZeroStrategy
 
     class Model(pl.LightningModule):
-        model: Any = None
-
         def configure_model(self) -> None:
-            if self.model is None:
+            if not hasattr(self, "model"):
                 heads = max(attempt.dim // 64, 1)
                 self.model = GPT(4096, attempt.length, attempt.dim, attempt.layers, heads)
 
@@ -173,7 +179,7 @@ def _fit(attempt: Attempt) -> Result:
     trainer = pl.Trainer(
         accelerator="gpu" if attempt.device == "cuda" else "cpu",
         devices=1,
-        strategy=ZeroStrategy("stage3", offload=offload, activation="full"),
+        strategy=ZeroStrategy(Zero("stage3", units=["Block"]), offload=offload, activation="full"),
         precision="bf16-mixed",
         max_steps=attempt.steps,
         logger=False,

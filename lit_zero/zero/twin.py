@@ -16,7 +16,8 @@ from torch import nn
 
 from lit_zero.zero.segment import copied_value, is_elementwise
 
-_OWN = ("step", "state", "param_groups", "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+_OWN = ("step", "state", "param_groups", *_HOOKS)  # an optimizer's attributes that a twin has its own of
 
 
 class Twin:
@@ -41,9 +42,8 @@ class Twin:
         """Step ``param`` with ``state``, by the hyper-parameters of ``like``; return the state after."""
         twin = object.__new__(self._kind)
         settings = {key: copied_value(value) for key, value in self._fastest(like).items()}
-        hooks = {key: OrderedDict() for key in _OWN if key.endswith("_hooks")}
-        groups = [{**settings, "params": [param]}]
-        twin.__dict__.update({**self._attributes, **hooks, "param_groups": groups, "state": defaultdict(dict)})
+        twin.__dict__.update({**self._attributes, **{key: OrderedDict() for key in _HOOKS}})
+        twin.param_groups, twin.state = [{**settings, "params": [param]}], defaultdict(dict)
         if state:
             twin.state[param] = dict(state)  # of its own: an optimizer may put new tensors in the place of old ones
         step: Any = self._kind.step  # the class's own: schedulers and profilers wrap the instance's

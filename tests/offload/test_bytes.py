@@ -110,7 +110,7 @@ def test_two_portions_are_all_that_a_step_takes(tmp_path: Path, monkeypatch: pyt
 
 
 def large() -> GPT:
-    return GPT(dim=96, layers=3)  # a block has 450 kB, and 1.3 MB with its state
+    return GPT(dim=96, layers=2)  # a block has 450 kB, and 1.3 MB with its state
 
 
 def live() -> int:
