@@ -18,7 +18,7 @@ from lit_zero.zero.access import Access
 from tests.callbacks.harness import With
 from tests.callbacks.harness import run_all as run_with
 from tests.callbacks.test_pruning import GLOBAL, LOCAL, PrunesBlocks, Untied
-from tests.callbacks.test_stock import FINDS
+from tests.callbacks.test_stock import FINDS, Steady
 from tests.fabric import harness as fabric
 from tests.offload.harness import CPU, disk
 from tests.pipeline.test_training import piped
@@ -119,10 +119,20 @@ def test_averages_of_what_two_stages_hold(ranks: Any, tmp_path: Path, stage: str
         assert other.column("val_loss") == pytest.approx(first.column("val_loss"), rel=1e-5)
 
 
+class Moving(Steady):
+    """With states."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), self.lr, foreach=False)
+
+
 def test_learning_rate_finder(ranks: Any, tmp_path: Path) -> None:
     """It goes back to a checkpoint without any state, in the middle of a run."""
     ways = choices(tmp_path / "states", True)[::2]
-    jobs = [replace(FINDS, fit=replace(FINDS.fit, zero={"zero": "stage3", "offload": way}, devices=2)) for way in ways]
+    jobs = [
+        replace(FINDS, fit=replace(FINDS.fit, module=Moving, zero={"zero": "stage3", "offload": way}, devices=2))
+        for way in ways
+    ]
     first, *others = ranks(2).run(run_with, jobs, tmp_path, timeout=120)[0]
     for other in others:
         assert same_bits(other.weights, first.weights)

