@@ -77,7 +77,7 @@ class Result:
         parameters: of the model.
         tokens: per second, after the first step.
         peak: bytes of device memory (GPU), 0 where nobody counts them.
-        stopped: the last line of a job that failed.
+        stopped: what a job that failed was short of, in the words of its last line.
     """
 
     parameters: int = 0
@@ -125,9 +125,10 @@ def in_a_process(attempt: Attempt, timeout: float) -> Result:
     if done.returncode == 0:
         return Result(**json.loads(done.stdout.strip().splitlines()[-1]))
     last = (done.stderr.strip().splitlines() or [""])[-1] + (" (killed)" if done.returncode == -9 else "")
-    if not any(word in last for word in SHORT):
+    short = next((word for word in SHORT if word in last), "")
+    if not short:
         raise RuntimeError(f"{attempt}: {done.stderr[-3000:]}")
-    return Result(stopped=last[:100])
+    return Result(stopped=short)
 
 
 # ---- one attempt, in its process
@@ -175,7 +176,8 @@ def _fit(attempt: Attempt) -> Result:
 
     ended: list[float] = []
     chosen = SETTINGS[attempt.setting]
-    offload = Offload(**chosen, **({"folder": attempt.folder} if chosen["where"] == "disk" else {}))
+    files = {"folder": attempt.folder, "chunk": 4 << 20 if attempt.limit else None}
+    offload = Offload(**chosen, **(files if chosen["where"] == "disk" else {}))
     trainer = pl.Trainer(
         accelerator="gpu" if attempt.device == "cuda" else "cpu",
         devices=1,
