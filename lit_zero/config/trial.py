@@ -205,7 +205,7 @@ def _check_effect(cfg: DictConfig, strategy: Any) -> None:
     apart = _value(cfg, "offload.where") not in (None, "none")  # then one process has shards too
     for key, default in (("zero.slots", None), ("zero.poison", False), ("comm.overlap", True)):
         value = _value(cfg, key)
-        if value is not None and value != default and not (apart and key.startswith("zero.")):
+        if value is not None and value != default and not apart:
             raise ConfigError(
                 f"{key}={str(value).lower()} has no effect with trainer.devices=1: one process exchanges nothing. "
                 f"Remove {key}, or raise trainer.devices."

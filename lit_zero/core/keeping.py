@@ -7,11 +7,11 @@ Three small objects. A :class:`Kept` is one flat array of a shard: a master, a s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
-from lit_zero.core.ticket import DONE, Ticket
+from lit_zero.core.ticket import DONE, Failed, Ticket
 
 
 class Kept:
@@ -116,8 +116,13 @@ class Keeping:
     apart = False
 
     def run(self, job: Callable[[], None]) -> Ticket:
-        """Do ``job``, a part of a step, at once or behind those before it while the computation goes on."""
-        job()
+        """Do ``job``, a part of a step, at once or behind those before it while the computation goes on. What it
+        raises, waiting for the ticket raises.
+        """
+        try:
+            job()
+        except Exception as error:
+            return Failed(error)
         return DONE
 
     def keeper(self, numel: int, used: bool, sharded: bool) -> Keeper:
@@ -130,15 +135,13 @@ class Keeping:
         """
         return Keeper()
 
-    def reserve(self, keeper: Keeper, what: str, size: int) -> None:
-        """Make sure, before training starts, that there will be room for ``size`` more bytes of ``what`` at a place.
+    def check(self, needs: Mapping[str, int], to_come: Sequence[int]) -> None:
+        """Make sure, before training starts or goes on, that there is room for all that lives elsewhere.
 
-        Raises:
-            LitZeroError: if not.
-        """
-
-    def check(self) -> None:
-        """Check what has been placed and reserved, before training starts.
+        Args:
+            needs: bytes of it by kind: ``masters``, ``parameters``, ``optimizer state``, and the ``gradients`` that
+                wait for the step.
+            to_come: bytes of those arrays among the states that are still to be made.
 
         Raises:
             ConfigError: for a setting that leaves too little room, or has no effect.

@@ -19,4 +19,19 @@ class Done:
         """Return at once."""
 
 
+class Failed:
+    """The ticket of a call that failed: whoever waits for it is told.
+
+    Args:
+        error: what it has raised.
+    """
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def wait(self) -> None:
+        """Raise it."""
+        raise self._error
+
+
 DONE = Done()

@@ -53,10 +53,11 @@ class Worker:
 
     def close(self) -> None:
         """Return when every job is over and the thread has ended."""
-        if self._thread is not None:
+        thread, self._thread = self._thread, None
+        if thread is not None:
             self._jobs.put(None)
-            self._thread.join()
-            self._thread = None
+            if thread is not threading.current_thread():  # in which the last who held the owner may have let go of it
+                thread.join()
 
 
 def _work(jobs: queue.SimpleQueue[Job | None], threads: int) -> None:

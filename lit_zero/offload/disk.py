@@ -17,7 +17,7 @@ from lit_zero.core.keeping import Kept
 from lit_zero.core.ticket import Ticket
 from lit_zero.core.worker import Pending
 from lit_zero.offload.file import StateFile
-from lit_zero.offload.host import Budget, HostKeeper
+from lit_zero.offload.host import HostKeeper, host_memory
 
 _ROUND = 1024  # elements; portions begin where a vectorised kernel would begin a row of its own
 
@@ -51,7 +51,7 @@ class Filed(Kept):
         return Filed(self._file, offset, last - first, self._dtype, self._chunk)
 
     def read(self) -> torch.Tensor:
-        out = torch.empty(self._numel, dtype=self._dtype)
+        out = torch.empty(self._numel, dtype=self._dtype, device="cpu")
         self.begin_read(out).wait()
         return out
 
@@ -65,11 +65,11 @@ class Filed(Kept):
     def fetch(self, out: torch.Tensor) -> Ticket:
         if out.device.type == "cpu" and out.dtype == self._dtype:
             return self.begin_read(out)
-        staged = torch.empty(self._numel, dtype=self._dtype, pin_memory=out.device.type == "cuda")
+        staged = host_memory(self._numel, self._dtype, out.device)
         return _Staged(self.begin_read(staged), staged, out)
 
     def stand_in(self) -> torch.Tensor:
-        return torch.zeros((), dtype=self._dtype).expand(self._numel)
+        return torch.zeros((), dtype=self._dtype, device="cpu").expand(self._numel)
 
     def begin_read(self, out: torch.Tensor) -> Pending:
         """Begin to read all of it into ``out``, in host memory and of its dtype."""
@@ -100,23 +100,16 @@ class DiskKeeper(HostKeeper):
         chunk: bytes of one portion of all arrays together.
         params: sharded parameters leave the device too.
         device: what they leave.
-        budget: counts host memory.
     """
 
     place = "file"
 
-    def __init__(self, file: StateFile, chunk: int, params: bool, device: torch.device, budget: Budget) -> None:
-        super().__init__(params, device, budget)
+    def __init__(self, file: StateFile, chunk: int, params: bool, device: torch.device) -> None:
+        super().__init__(params, device)
         self._file, self._chunk = file, chunk
 
     def keep(self, numel: int, dtype: torch.dtype) -> Filed:
         return Filed(self._file, self._file.allocate(numel * dtype.itemsize), numel, dtype, self._chunk)
-
-    def reserve(self, what: str, size: int) -> None:
-        if what == "gradients":  # they wait for the step in host memory
-            self._budget.take(what, size)
-        else:
-            self._file.plan(size)
 
     def walk(self, arrays: Mapping[str, Kept], to_come: int) -> Iterator[tuple[int, int, dict[str, torch.Tensor]]]:
         filed = {key: array for key, array in arrays.items() if isinstance(array, Filed)}
@@ -124,7 +117,7 @@ class DiskKeeper(HostKeeper):
         width = sum(array.dtype.itemsize for array in filed.values()) + to_come
         length = min(max(self._chunk // width // _ROUND * _ROUND, _ROUND), numel)
         buffers = [
-            {key: torch.empty(length, dtype=array.dtype) for key, array in filed.items()}
+            {key: torch.empty(length, dtype=array.dtype, device="cpu") for key, array in filed.items()}
             for _ in range(min(2, -(-numel // length)))
         ]
         portions = [(first, min(first + length, numel)) for first in range(0, numel, length)]

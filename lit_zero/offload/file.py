@@ -1,8 +1,8 @@
 """One file without a name: arrays at offsets, read and written by a thread.
 
-[Note: a file without a name] The file is unlinked as soon as it is open. So it is seen by nobody else, two jobs in one
-folder cannot meet, and the system frees its space when the process ends, even one that is killed. Space for an array is
-allocated when the array is made, before training starts, so that a full disk is noticed then and not in a step.
+[Note: a file without a name] The file is made without a name, or loses it as soon as it is open. So nobody else sees
+it, two jobs in one folder cannot meet, and the system frees its space when the process ends, even one that is killed.
+Space for all arrays is allocated before training starts, so that a full disk is noticed then and not in a step.
 
 [Note: one thread] Reads and writes run one after the other in the order in which they were asked for. So a read that
 is asked for after a write of the same bytes finds what was written, and a buffer may be asked to be filled anew while
@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import tempfile
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 import torch
 
@@ -25,20 +26,19 @@ from lit_zero.core.errors import ConfigError, LitZeroError
 from lit_zero.core.worker import Pending, Worker
 
 _ALIGN = 4096  # bytes; arrays start on a page
+_BLOCK = 512  # bytes in which the system counts what a file takes
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def open_file(folder: Path) -> int:
-    """Return the descriptor of a new file in ``folder`` that has no name any more.
+def open_file(folder: Path) -> IO[bytes]:
+    """Return a new file in ``folder`` that has no name.
 
     Raises:
         ConfigError: if none can be made there.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix="lit_zero-offload-", dir=folder)
-        os.unlink(name)
-        return descriptor
+        return tempfile.TemporaryFile(prefix="lit_zero-offload-", dir=folder, buffering=0)
     except OSError as error:
         raise ConfigError(
             f"offload.folder='{folder}' cannot be used: no file can be made there ({error.strerror}). Expected a "
@@ -57,26 +57,22 @@ class StateFile:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder, self.size, self._planned = folder, 0, 0
-        self._descriptor = open_file(folder)
-        self._worker = Worker("lit_zero-offload")
-        self._close = weakref.finalize(self, _end, self._worker, self._descriptor)
+        self._folder, self.size = folder, 0
+        file = open_file(folder)
+        self._descriptor, self._worker = file.fileno(), Worker("lit_zero-offload")
+        self._close = weakref.finalize(self, _end, self._worker, file)
 
     def close(self) -> None:
         """Wait for what is under way, and give the space back."""
         self._close()
 
-    def plan(self, size: int) -> None:
-        """Note that arrays of ``size`` more bytes will be made."""
-        self._planned += size + _ALIGN
-
-    def promise(self) -> None:
-        """Make the disk keep the space free that has been planned for.
+    def promise(self, sizes: Sequence[int]) -> None:
+        """Make the disk keep space free for arrays of ``sizes`` more bytes.
 
         Raises:
             ConfigError: if it has not as much.
         """
-        self._allocate(self.size, max(self._planned - self.size, 0))
+        self._allocate(self.size, sum(size + _ALIGN for size in sizes))
 
     def allocate(self, size: int) -> int:
         """Return the offset of ``size`` new bytes, all zero.
@@ -95,7 +91,7 @@ class StateFile:
                 _allocate(self._descriptor, offset, size)
         except OSError as error:
             if error.errno in _FULL:
-                raise self._full(size, shutil.disk_usage(self._folder).free) from error
+                raise self._full(size) from error
             raise self._failed("allocating", size, error) from error
 
     def read(self, out: torch.Tensor, offset: int) -> Pending:
@@ -125,10 +121,10 @@ class StateFile:
             except OSError as error:
                 raise self._failed("writing", len(view), error) from error
 
-    def _full(self, size: int, free: int) -> ConfigError:
+    def _full(self, size: int) -> ConfigError:
         return ConfigError(
             f"offload.folder='{self._folder}' has too little space: this rank needs {size:,} more bytes there, "
-            f"{free:,} are free. Free some, choose another folder, or lower offload.ratio."
+            f"{_free(self._descriptor):,} are free. Free some, choose another folder, or lower offload.ratio."
         )
 
     def _failed(self, doing: str, size: int, error: OSError) -> LitZeroError:
@@ -147,14 +143,23 @@ def _allocate(descriptor: int, offset: int, size: int) -> None:
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
                 raise
-    # This file system cannot promise space; a write will tell.
-    os.truncate(descriptor, max(offset + size, os.fstat(descriptor).st_size))
+    # This file system cannot promise space: what is free now must do, and a write will tell if others take it.
+    found = os.fstat(descriptor)
+    if offset + size - found.st_blocks * _BLOCK > _free(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    os.truncate(descriptor, max(offset + size, found.st_size))
+
+
+def _free(descriptor: int) -> int:
+    """Return the bytes that are free where a file lies."""
+    found = os.fstatvfs(descriptor)
+    return found.f_bavail * found.f_frsize
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
     return tensor.detach().view(torch.uint8).numpy().data
 
 
-def _end(worker: Worker, descriptor: int) -> None:
+def _end(worker: Worker, file: IO[bytes]) -> None:
     worker.close()
-    os.close(descriptor)
+    file.close()

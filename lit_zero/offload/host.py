@@ -8,39 +8,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from lit_zero.core.errors import ConfigError
 from lit_zero.core.keeping import Keeper, Kept
-
-
-class Budget:
-    """The host memory that a rank may take for what has left its device.
-
-    Args:
-        limit: bytes; ``None`` for any number.
-    """
-
-    def __init__(self, limit: int | None) -> None:
-        self._limit, self._taken = limit, dict[str, int]()
-
-    def take(self, what: str, size: int) -> None:
-        """Note that ``size`` bytes of ``what`` are, or will be, in host memory."""
-        self._taken[what] = self._taken.get(what, 0) + size
-
-    def check(self, ratio: float, disk: bool) -> None:
-        """Check what has been noted.
-
-        Raises:
-            ConfigError: if it is more than the limit.
-        """
-        total = sum(self._taken.values())
-        if self._limit is None or total <= self._limit:
-            return
-        parts = ", ".join(f"{what} {size:,}" for what, size in self._taken.items() if size)
-        advice = "lower offload.chunk or offload.ratio" if disk else "lower offload.ratio, or use offload=disk"
-        raise ConfigError(
-            f"offload.limit={self._limit:,} bytes is too little: this rank needs {total:,} bytes of host memory "
-            f"({parts}) with offload.ratio={ratio}. Raise the limit, {advice}."
-        )
 
 
 class HostKeeper(Keeper):
@@ -49,27 +17,22 @@ class HostKeeper(Keeper):
     Args:
         params: sharded parameters leave the device too.
         device: what they leave.
-        budget: counts host memory.
     """
 
     place = "host"
     away = True
 
-    def __init__(self, params: bool, device: torch.device, budget: Budget) -> None:
-        self.params, self._device, self._budget = params, device, budget
+    def __init__(self, params: bool, device: torch.device) -> None:
+        self.params, self._device = params, device
         self.streams = device.type == "cuda"
 
     def keep(self, numel: int, dtype: torch.dtype) -> Kept:
-        return Kept(host_zeros(numel, dtype, self._device))
-
-    def reserve(self, what: str, size: int) -> None:
-        """Note that ``size`` more bytes of ``what`` will be needed."""
-        self._budget.take(what, size)
+        return Kept(host_memory(numel, dtype, self._device).zero_())
 
     def gradient(self, arrived: torch.Tensor) -> torch.Tensor:
         if not self.streams:
             return arrived
-        out = torch.empty(arrived.shape, dtype=arrived.dtype, pin_memory=True)  # torch keeps pinned memory for reuse
+        out = host_memory(arrived.numel(), arrived.dtype, self._device)  # torch keeps pinned memory for reuse
         return out.copy_(arrived, non_blocking=True)
 
     def walk(self, arrays: Mapping[str, Kept], to_come: int) -> Iterator[tuple[int, int, dict[str, torch.Tensor]]]:
@@ -77,14 +40,16 @@ class HostKeeper(Keeper):
         yield 0, next(iter(views.values())).numel(), views
 
 
-def host_zeros(numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return zeros in host memory, pinned if ``device`` is a GPU and the system lets us."""
+def host_memory(numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return host memory (shape ``[numel]``, its content is undefined), pinned if ``device`` is a GPU and the system
+    lets us.
+    """
     if device.type == "cuda":
         try:
-            return torch.zeros(numel, dtype=dtype, pin_memory=True)
+            return torch.empty(numel, dtype=dtype, device="cpu", pin_memory=True)
         except RuntimeError as error:
             _say_pageable(str(error).splitlines()[0])
-    return torch.zeros(numel, dtype=dtype)
+    return torch.empty(numel, dtype=dtype, device="cpu")
 
 
 @functools.cache

@@ -23,8 +23,8 @@ class Offload:
             wait for it in host memory).
         params: sharded parameters leave too, and are read again each time they are gathered. Needs
             ``zero.stage='stage3'``.
-        ratio: part of the masters and their state that leaves, more than 0 and at most 1. Whole portions of units leave
-            or stay, evenly over the model.
+        ratio: part of the masters and their state that leaves, more than 0 and at most 1, to the nearest block or third
+            of a block, evenly over the model.
         limit: most bytes of host memory that may be taken on each rank; more is refused before training starts.
             ``None``: no limit.
         folder: ``disk`` only: where the files are made, on any file system; a folder for each node is best. Every rank
@@ -81,6 +81,11 @@ class Offload:
         """Whether anything leaves the device."""
         return self.where != "none"
 
+    @property
+    def portion(self) -> int:
+        """Bytes of one portion."""
+        return self.chunk or CHUNK
+
     def check_folder(self) -> None:
         """Check that a file can be made in the folder; the folder itself is made if need be.
 
@@ -91,5 +96,4 @@ class Offload:
             return
         from lit_zero.offload.file import open_file
 
-        folder = Path(self.folder)
-        os.close(open_file(folder))
+        open_file(Path(self.folder)).close()

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from lit_zero.core.keeping import Keeping
 from lit_zero.core.piece import ParamState, Piece
 from lit_zero.core.ticket import DONE
 from lit_zero.zero.binding import Binding
@@ -27,8 +28,10 @@ class Contents:
         bindings: what stands for each optimizer.
         absent: parameters that other ranks of a pipeline hold.
         device: where the model computes.
+        keeping: where shards live between uses.
     """
 
+    keeping: Keeping
     units: list[Unit]
     bindings: list[Binding]
     absent: list[ParamInfo]
@@ -53,10 +56,29 @@ class Contents:
         return [lane for unit in self.units for lane in unit.lanes]
 
     def join(self) -> None:
-        """Return when the last step is over [Note: the step beside the next forward]; raise what it has raised."""
+        """Return when the last step is over [Note: the step beside the next forward]; raise what it has raised, now
+        and whenever it is asked again: what a step has left half done must not be saved.
+        """
         for lane in self.lanes:
-            stepped, lane.stepped = lane.stepped, DONE
-            stepped.wait()
+            lane.stepped.wait()
+            lane.stepped = DONE
+
+    def _check_room(self) -> None:
+        """Make sure that there is room for what lives elsewhere now, and for the states that come with the first step.
+
+        Raises:
+            ConfigError: if not.
+        """
+        lanes = [lane for lane in self.lanes if lane.keeper.away]
+        kept = [lane.kept() for lane in lanes]
+        to_come = [size for binding in self.bindings for size in binding.states_to_come()]
+        needs = {
+            "masters": sum(master.nbytes for master, *_ in kept),
+            "parameters": sum(each.nbytes for _, *others in kept for each in others),
+            "optimizer state": sum(each.nbytes for binding in self.bindings for each in binding.kept()) + sum(to_come),
+            "gradients": sum(lane.shard_numel * lane.waiting_bytes for lane in lanes if lane.trainable),
+        }
+        self.keeping.check(needs, to_come)
 
     def wait_for_parameters(self) -> None:
         """Return when the last step is over and replicated parameters are up to date; sharded ones stay where they

@@ -132,7 +132,7 @@ class Engine(Clipping, Contents):
         fill_lanes(model, self.lanes, self.absent, exchange, self.ties, self.device)
         shaped = [is_shaped(optimizer, self.row, self.keeping.apart) for optimizer in optimizers]
         self.bindings = [self._bind(*each) for each in zip(optimizers, range(len(names)), names, shaped, strict=True)]
-        self.keeping.check()
+        self._check_room()
         self._in_backward, self._gradient_bytes, self._host_gradient_bytes = False, 0, 0
         self.buffers = SharedBuffers(model, exchange, self.device)
         self._attached: list[tuple[Binding, set[Lane], set[str]]] = []  # by the last backward
@@ -156,7 +156,6 @@ class Engine(Clipping, Contents):
     def _bind(self, optimizer: torch.optim.Optimizer, number: int, names: list[list[str]], shaped: bool) -> Binding:
         binding = Binding(optimizer, names, number, self._trainable(), shaped, self.absent)
         if self.keeping.apart:
-            binding.reserve(self.keeping)
             self._handles.append(binding.wrap_step(Keeping().run if self._keep else self.keeping.run))
         self._handles.append(optimizer.register_step_post_hook(lambda *_: self._stepped(binding)))
         self._handles.append(optimizer.register_load_state_dict_pre_hook(refuse_whole_state))
@@ -182,6 +181,7 @@ class Engine(Clipping, Contents):
         self._move([*changed, *thawed])
         for binding, groups in zip(self.bindings, names, strict=True):
             binding.regroup(groups, self._trainable())
+        self._check_room()
         self._assemble()
 
     def add_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
@@ -195,6 +195,7 @@ class Engine(Clipping, Contents):
         infos = self.infos
         self._move(number_groups(infos, [*(binding.group_names for binding in self.bindings), groups]))
         self.bindings.append(self._bind(optimizer, len(self.bindings), groups, shaped))
+        self._check_room()
         self._assemble()
 
     def _move(self, changed: Sequence[ParamInfo]) -> None:
@@ -358,6 +359,8 @@ class Engine(Clipping, Contents):
 
     def _stepped(self, binding: Binding) -> None:
         """The optimizer has changed this rank's masters."""
+        if self._keep:
+            self.join()  # the step is over: what it has raised is told now
         binding.restore() if self._keep else binding.drop_gradients()
         refuse_lost_changes(self.lanes, self._training)
         for lane in binding.lanes:

@@ -117,6 +117,14 @@ class Gradients:
     def _in_place(self) -> bool:
         return self.grad_full is not None and self.hold
 
+    @property
+    def waiting_bytes(self) -> int:
+        """Bytes that an element's gradient takes where the master is until the step, in memory of its own."""
+        stepped = self.master_dtype.itemsize if self.master_dtype != self.gradient_dtype else 0
+        if self._in_place:  # a part of the full gradient, of which a GPU's host has a copy
+            return self.master_dtype.itemsize if self.keeper.streams else stepped
+        return self.gradient_dtype.itemsize + stepped
+
     def land(self, index: int, grad: torch.Tensor, scale: float) -> None:
         """Write (the first time) or add gradient ``index`` to the landing buffer, times ``scale``."""
         view = self.landing_views[index]

@@ -94,7 +94,6 @@ class Lane(Gradients):
         # Where neither a step nor a cast needs the master, it is all that the device has of the parameters.
         self.keeper = keeping.keeper(numel, self.trainable or self.lowered, sharded)
         if self.keeper.away:
-            keeping.reserve(self.keeper, "masters", numel * self.master_dtype.itemsize)
             self.master = self.keeper.keep(numel, self.master_dtype)
         elif self.full is not None and not self.lowered:
             self.master = Kept(self.full[self.master_start : self.master_end])
@@ -104,7 +103,6 @@ class Lane(Gradients):
         if sharded and self.keeper.away and not self.keeper.params:
             self.shard = Kept(exchange.zeros(numel, self.compute_dtype, self.device))
         elif sharded and self.keeper.away and self.lowered:
-            keeping.reserve(self.keeper, "parameters", numel * self.compute_dtype.itemsize)
             self.shard = self.keeper.keep(numel, self.compute_dtype)
         # Ranks of one machine may read it where it lies; anything else is first brought to the rank's part of a slot.
         elsewhere = self.keeper.away and self.keeper.params

@@ -2,12 +2,9 @@
 
 [Note: the step inside the step] The user's optimizer is stepped by Lightning, a loss scaler or the user, with hooks and
 schedulers around it, and the backward may run inside, in its closure. So its own ``step`` is called as ever, with a
-closure that runs last: it steps what lives elsewhere, with a twin of the optimizer and portion by portion, and takes
-those gradients away. The optimizer then steps what is left, or nothing.
-
-The twin is an object of the optimizer's class with the present hyper-parameters, one portion as its only parameter, and
-no hooks. That is right for element-wise optimizers, and only those get masters that can live elsewhere (``probe``).
-Each portion starts from the same counters; those of the last one are kept.
+closure that runs last: it steps what lives elsewhere, portion by portion, and takes those gradients away. The optimizer
+then steps what is left, or nothing. Each portion is stepped by a ``Twin`` and starts from the same counters; those of
+the last one are kept.
 
 [Note: the step beside the next forward] ``optimizer.step`` may return before what lives elsewhere has been stepped: a
 thread goes through it, unit by unit in the order in which the next forward needs them, and each gather waits for its
@@ -17,7 +14,6 @@ included. With manual optimization gradients stay after the step, and the step i
 
 from __future__ import annotations
 
-from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial, wraps
 from types import MethodType
@@ -26,9 +22,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from lit_zero.core.keeping import Keeping
 from lit_zero.core.ticket import Ticket
+from lit_zero.zero.lane import Lane
 from lit_zero.zero.segment import Segment, copied_value, is_elementwise
+from lit_zero.zero.twin import Twin
 
 _MASTER = ""  # among the names of states
 
@@ -70,13 +67,7 @@ class Walking:
     @torch.no_grad()
     def walk(self) -> None:
         """Step what lives elsewhere and take its gradients away."""
-        # Copies: a scheduler may change them before the step is over.
-        settings = [{k: copied_value(v) for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
-        groups = {
-            id(param): group
-            for group, held in zip(settings, self.optimizer.param_groups, strict=True)
-            for param in held["params"]
-        }
+        twin, todo = Twin(self.optimizer), dict[Lane, list[Callable[[], None]]]()
         self._taken = []
         for segment in self.segments:  # unit by unit, as the next forward needs them
             grad = segment.param.grad
@@ -85,7 +76,11 @@ class Walking:
             self._taken.append((segment, grad))
             segment.param.grad = None
             if segment.first < segment.last:
-                segment.lane.stepped = self._run(partial(self._step, segment, groups[id(segment.param)], grad))
+                to_come = sum(dtype.itemsize for dtype in self._dtypes_to_come(twin, segment))
+                step = partial(self._step, twin, segment, grad, to_come)
+                todo.setdefault(segment.lane, []).append(step)
+        for lane, steps in todo.items():
+            lane.stepped = self._run(partial(_all, steps))
 
     def restore(self) -> None:
         """Hold the gradients again that the last step has taken away."""
@@ -93,18 +88,19 @@ class Walking:
             segment.param.grad = grad
         self._taken = []
 
-    def _step(self, segment: Segment, group: dict[str, Any], grad: torch.Tensor) -> None:
+    def _step(self, twin: Twin, segment: Segment, grad: torch.Tensor, to_come: int) -> None:
         lane, state = segment.lane, self.optimizer.state.get(segment.param, {})
         counters = {key: value for key, value in state.items() if key not in segment.kept}
-        arrays = {_MASTER: lane.master.part(segment.first, segment.last), **segment.kept}
-        settings = fastest(self.optimizer, group, segment.param.dtype)
+        arrays = {_MASTER: lane.master.part(segment.first, segment.last)}
+        if state:  # else what is kept is old: a checkpoint without it has been loaded since
+            arrays |= segment.kept
         after: dict[str, Any] = {}
-        for first, last, views in lane.keeper.walk(arrays, 0 if state else self.to_come(group, segment)):
+        for first, last, views in lane.keeper.walk(arrays, to_come):
             param = nn.Parameter(views[_MASTER])
             param.grad = grad[first:last]
             given = {key: view for key, view in views.items() if key != _MASTER}
             given |= {key: copied_value(value) for key, value in counters.items()}
-            after = self._twin_step(param, settings, given)
+            after = twin.step(segment.param, param, given)
             for key, value in after.items():
                 if is_elementwise(value, param) and value is not given.get(key):
                     self._take(segment, key, value, first, views)
@@ -123,41 +119,23 @@ class Walking:
             segment.keep(key, value.dtype)
             segment.kept[key].write(first, value)
 
-    def _twin_step(self, param: nn.Parameter, settings: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
-        """Step ``param`` with ``state`` as the optimizer would; return the state after."""
-        kind = type(self.optimizer)
-        twin = object.__new__(kind)
-        twin.__dict__.update({key: value for key, value in vars(self.optimizer).items() if key != "step"})
-        twin.param_groups, twin.state = [{**settings, "params": [param]}], defaultdict(dict)
-        if state:
-            twin.state[param] = state
-        for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
-            setattr(twin, hooks, OrderedDict())
-        step: Any = kind.step  # the class's own: schedulers and profilers wrap the instance's
-        step(twin)
-        found: dict[str, Any] = twin.state[param]
-        return found
+    def states_to_come(self) -> list[int]:
+        """Return the bytes of each array that the optimizer is still going to make elsewhere, with its first step."""
+        twin = Twin(self.optimizer)
+        return [
+            (segment.last - segment.first) * dtype.itemsize
+            for segment in self.segments
+            if segment.lane.keeper.away and segment.first < segment.last
+            for dtype in self._dtypes_to_come(twin, segment)
+        ]
 
-    def reserve(self, keeping: Keeping) -> None:
-        """Make sure that there will be room for the states and gradients that live elsewhere."""
-        groups = {id(param): group for group in self.optimizer.param_groups for param in group["params"]}
-        for segment in self.segments:
-            size, keeper = segment.last - segment.first, segment.lane.keeper
-            if keeper.away and size:
-                keeping.reserve(keeper, "optimizer state", size * self.to_come(groups[id(segment.param)], segment))
-                keeping.reserve(keeper, "gradients", size * segment.param.element_size())
+    def _dtypes_to_come(self, twin: Twin, segment: Segment) -> Sequence[torch.dtype]:
+        return [] if self.optimizer.state.get(segment.param) else twin.state_dtypes(segment.param)
 
-    def to_come(self, group: dict[str, Any], like: Segment) -> int:
-        """Return the bytes of state for each element that the optimizer is going to keep, found by trying."""
-        return sum(dtype.itemsize for dtype in self.state_dtypes(group, like.param.dtype))
 
-    def state_dtypes(self, group: dict[str, Any], dtype: torch.dtype) -> Sequence[torch.dtype]:
-        """Return the dtypes of the element-wise states that the optimizer keeps for a parameter of ``dtype``."""
-        param = nn.Parameter(torch.ones(6, dtype=dtype))
-        param.grad = torch.ones_like(param)
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            state = self._twin_step(param, {**group, "params": []}, {})
-        return [value.dtype for value in state.values() if is_elementwise(value, param)]
+def _all(steps: Sequence[Callable[[], None]]) -> None:
+    for step in steps:
+        step()
 
 
 class Unwrap:
@@ -176,14 +154,3 @@ class Unwrap:
             vars(self._optimizer).pop("step", None)
         else:
             vars(self._optimizer)["step"] = self._before
-
-
-def fastest(optimizer: torch.optim.Optimizer, group: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """Return the settings of ``group`` under which a step on the CPU is fastest: torch's fused kernel for a plain Adam
-    or AdamW. Who has said ``foreach=`` or ``fused=`` gets that.
-    """
-    plain = type(optimizer) in (torch.optim.Adam, torch.optim.AdamW) and dtype.is_floating_point
-    said = any(group.get(key) is not None for key in ("foreach", "fused"))
-    if not plain or said or group.get("capturable") or group.get("differentiable"):
-        return group
-    return {**group, "fused": True}

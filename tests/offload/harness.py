@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lit_zero.core.keeping import Keeping
 from lit_zero.offload import Offload
 from lit_zero.offload.open import open_keeping
 from lit_zero.precision import Lowering
@@ -51,11 +52,20 @@ def trained(
     lowering: Lowering | None = None,
     look: Callable[[Engine], Any] | None = None,
     overlap: bool = True,
+    streams: bool = False,
     **zero: Any,
 ) -> Outcome:
-    """Train; call it on every rank."""
+    """Train; call it on every rank. ``streams``: gradients are copied to where the step reads them, as from a GPU."""
     keeping = open_keeping(offload or Offload(), CPU, overlap=overlap)
+    if streams:
+        as_from_a_gpu(keeping)
     return with_engine(run, Zero(stage, **zero), lowering=lowering, look=look, keeping=keeping)
+
+
+def as_from_a_gpu(keeping: Keeping) -> None:
+    """Let the engine take the way of a GPU, with the host's memory in the place of the device's."""
+    keeping._keeper.streams = True  # type: ignore[attr-defined]
+    keeping.settle = lambda: None  # type: ignore[method-assign]
 
 
 def with_steps(run: Run, **changes: Any) -> Run:

@@ -1,11 +1,13 @@
-"""A job of its own: ``python -m tests.offload.job limited|killed OFFLOAD FOLDER``.
+"""A job of its own: ``python -m tests.offload.job limited|killed|failing OFFLOAD FOLDER``.
 
 ``limited`` trains a model of 12 million parameters when this process may take only 110 MB more than it has; ``killed``
-is killed in the middle of the fourth step, while it writes to the file of the states.
+is killed in the middle of the fourth step, while it writes to the file of the states; ``failing`` has two ranks, of
+which one cannot write any more in the fourth step.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import signal
@@ -19,10 +21,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lit_zero import Checkpoint, Offload, ZeroStrategy
+from lit_zero.comm import roll_call
 
 MORE = 110 << 20  # bytes
 WIDTH, LAYERS = 1000, 12  # a million parameters to a layer
-LIMITED, KILLED_AT = "limited", 4
+KILLED_AT = 4
 
 
 class Wide(pl.LightningModule):
@@ -48,12 +51,12 @@ class Wide(pl.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-3, foreach=False)
 
 
-def trainer(offload: Offload, folder: Path, steps: int, **more: object) -> pl.Trainer:
+def trainer(offload: Offload, folder: Path, steps: int, devices: int = 1, **more: object) -> pl.Trainer:
     strategy = ZeroStrategy("stage3", offload=offload, checkpoint=Checkpoint("sharded"))
     silent = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
     return pl.Trainer(
         accelerator="cpu",
-        devices=1,
+        devices=devices,
         strategy=strategy,
         max_steps=steps,
         default_root_dir=folder,
@@ -105,6 +108,24 @@ def killed(where: str, folder: Path) -> None:
     run.fit(module, data(40, 2))
 
 
+def failing(where: str, folder: Path) -> None:
+    """Save after every step, and when something goes wrong."""
+    keep = pl.callbacks.ModelCheckpoint(
+        folder / "kept", every_n_train_steps=1, save_top_k=-1, filename="{step}", save_on_exception=True
+    )
+    run = trainer(offload(where, folder), folder, 6, 2, callbacks=[keep], enable_checkpointing=True)
+    roll_call.SECONDS = 1.0
+    write, module = os.pwritev, Wide(40, 4)
+
+    def fail(*arguments: object) -> int:
+        if module.steps == KILLED_AT and run.global_rank == 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(*arguments)  # type: ignore[arg-type]
+
+    os.pwritev = fail  # type: ignore[assignment]
+    run.fit(module, data(40, 4))
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
-    (limited if sys.argv[1] == LIMITED else killed)(sys.argv[2], Path(sys.argv[3]))
+    {"limited": limited, "killed": killed, "failing": failing}[sys.argv[1]](sys.argv[2], Path(sys.argv[3]))

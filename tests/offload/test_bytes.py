@@ -11,6 +11,7 @@ import torch
 
 from lit_zero.offload import Offload
 from lit_zero.precision import Lowering, Precision
+from lit_zero.zero.twin import Twin
 from lit_zero.zero.walking import Walking
 from tests.offload.harness import disk, plain, trained
 from tests.offload.test_equality import autocast_loss
@@ -79,10 +80,17 @@ def test_a_ratio_divides_the_table(tmp_path: Path) -> None:
     assert (host, file) == (pytest.approx(0.5 * 4, rel=0.1), pytest.approx(0.5 * (4 + 8), rel=0.1))
 
 
+def test_a_gpu_has_a_copy_of_the_gradients_on_its_host() -> None:
+    run = Run(model=model, optimizer=plain, steps=1, dtype=torch.float32)
+    outcome = trained("stage1", Offload("cpu"), run, streams=True)
+    sizes, count = outcome.notes["bytes"], sum(value.numel() for value in outcome.weights.values())
+    assert sizes["host"] / count == pytest.approx(4 + 8 + 4, rel=0.02)
+
+
 def test_two_portions_are_all_that_a_step_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Live bytes while the optimizer steps on files: the portions, which do not grow with the model."""
     before, inside, chunk = list[int](), list[int](), 1 << 18
-    step, twin = Walking._step, Walking._twin_step
+    step, twin = Walking._step, Twin.step
 
     def whole(self: Any, *args: Any) -> None:
         before.append(live())
@@ -95,14 +103,14 @@ def test_two_portions_are_all_that_a_step_takes(tmp_path: Path, monkeypatch: pyt
         return found
 
     monkeypatch.setattr(Walking, "_step", whole)
-    monkeypatch.setattr(Walking, "_twin_step", portion)
+    monkeypatch.setattr(Twin, "step", portion)
     run = Run(model=large, optimizer=plain, steps=2, dtype=torch.float32)
     trained("stage2", disk(tmp_path, chunk=chunk), run, overlap=False)
     assert chunk < max(inside) <= 2 * chunk + 1024
 
 
 def large() -> GPT:
-    return GPT(dim=96, layers=3)  # a block has 450 kB, and 1.3 MB with its state
+    return GPT(dim=96, layers=2)  # a block has 450 kB, and 1.3 MB with its state
 
 
 def live() -> int:

@@ -18,6 +18,7 @@ from lit_zero.zero.access import Access
 from tests.callbacks.harness import With
 from tests.callbacks.harness import run_all as run_with
 from tests.callbacks.test_pruning import GLOBAL, LOCAL, PrunesBlocks, Untied
+from tests.callbacks.test_stock import FINDS, Steady
 from tests.fabric import harness as fabric
 from tests.offload.harness import CPU, disk
 from tests.pipeline.test_training import piped
@@ -57,56 +58,54 @@ def whole_weights(trainer: pl.Trainer) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("form", ["full", "sharded"])
 def test_a_checkpoint_knows_nothing_of_offload(ranks: Any, tmp_path: Path, form: str) -> None:
-    whole = Fit({"checkpoint": form}, module=Rich, arguments={"lr": 0.05}, look=whole_weights)
+    """What one way saves in a stage, another loads in another stage."""
+    whole = Fit({"checkpoint": form}, module=Rich, arguments={"lr": 0.05}, epochs=2, look=whole_weights)
     first = replace(whole, epochs=1, look=save)
-    expected = ranks(2).run(train, all_ways(whole, tmp_path)[0], tmp_path / "whole")[0]
     halves = all_ways(first, tmp_path / "states", "stage3")
-    ranks(2).run(train_all, halves, tmp_path / "first")
-    for number in range(len(halves)):
-        saved = tmp_path / "first" / str(number) / "saved.ckpt"
-        second = [replace(fit, resume=saved) for fit in all_ways(whole, tmp_path / "states")]
-        for outcome in ranks(2).run(train_all, second, tmp_path / f"second{number}")[0]:
-            assert len(outcome.notes) > 20 and same_bits(outcome.notes, expected.notes)
-            assert outcome.metrics == expected.metrics
+    expected, *_ = ranks(2).run(train_all, [all_ways(whole, tmp_path)[0], *halves], tmp_path / "first")[0]
+    saved = [tmp_path / "first" / str(number) / "saved.ckpt" for number in range(1, 4)]
+    ways = all_ways(whole, tmp_path / "states")
+    pairs = [(0, 1), (0, 2), (1, 0), (1, 2), (2, 0), (2, 2)]  # what saves, what loads
+    second = [replace(ways[loads], resume=saved[saves]) for saves, loads in pairs]
+    for outcome in ranks(2).run(train_all, second, tmp_path / "second")[0]:
+        assert len(outcome.notes) > 20 and same_bits(outcome.notes, expected.notes)
+        assert outcome.metrics == expected.metrics
 
 
 def test_adamw_state_survives(ranks: Any, tmp_path: Path) -> None:
     arguments = {"optimizer": "adamw", "lr": 1e-2}
-    whole = Fit({"checkpoint": "sharded"}, arguments=arguments, look=whole_weights)
-    alone = train(Fit(arguments=arguments), tmp_path / "alone")
+    whole = Fit({"checkpoint": "sharded"}, arguments=arguments, epochs=2, look=whole_weights)
+    alone = train(Fit(arguments=arguments, epochs=2), tmp_path / "alone")
     firsts = all_ways(replace(whole, epochs=1, look=save), tmp_path / "states")
     ranks(2).run(train_all, firsts, tmp_path / "first")
-    for number in range(len(firsts)):
-        saved = tmp_path / "first" / str(number) / "saved.ckpt"
-        second = [replace(fit, resume=saved) for fit in all_ways(whole, tmp_path / "states", "stage3")]
-        for outcome in ranks(2).run(train_all, second, tmp_path / f"second{number}")[0]:
-            assert distance(outcome.notes, {name: alone.weights[name] for name in outcome.notes}) < 1e-6
+    second = [
+        replace(fit, resume=tmp_path / "first" / str(saves) / "saved.ckpt")
+        for fit, saves in zip(all_ways(whole, tmp_path / "states", "stage3"), (1, 2, 0), strict=True)
+    ]
+    for outcome in ranks(2).run(train_all, second, tmp_path / "second")[0]:
+        assert distance(outcome.notes, {name: alone.weights[name] for name in outcome.notes}) < 1e-6
 
 
 # ---- callbacks
 
 
-def average(stage: str, folder: Path) -> list[With]:
-    found = []
-    for kind, arguments in (
-        (EMAWeightAveraging, {"decay": 0.8}),
-        (StochasticWeightAveraging, {"swa_lrs": 0.05, "swa_epoch_start": 1, "annealing_epochs": 1}),
-    ):
-        fits = all_ways(Fit(epochs=3), folder, stage)
-        found += [With(fit, [(kind, arguments)], kept=True) for fit in fits]
-    return found
+AVERAGES: list[tuple[str, Any, dict[str, Any]]] = [
+    ("stage2", StochasticWeightAveraging, {"swa_lrs": 0.05, "swa_epoch_start": 1, "annealing_epochs": 1}),
+    ("stage3", EMAWeightAveraging, {"decay": 0.8}),
+]
 
 
-@pytest.mark.parametrize("stage", ["stage2", "stage3"])
-def test_weight_averaging(ranks: Any, tmp_path: Path, stage: str) -> None:
-    outcomes = ranks(2).run(run_with, average(stage, tmp_path / "states"), tmp_path, timeout=120)[0]
-    for first, *others in (outcomes[:3], outcomes[3:]):
-        for other in others:
-            assert same_bits(other.weights, first.weights)
-            assert other.metrics == first.metrics
+@pytest.mark.parametrize(("stage", "kind", "arguments"), AVERAGES)
+def test_weight_averaging(ranks: Any, tmp_path: Path, stage: str, kind: Any, arguments: dict[str, Any]) -> None:
+    fits = all_ways(Fit(epochs=3), tmp_path / "states", stage)
+    jobs = [With(fit, [(kind, arguments)], kept=True) for fit in fits]
+    first, *others = ranks(2).run(run_with, jobs, tmp_path, timeout=120)[0]
+    for other in others:
+        assert same_bits(other.weights, first.weights)
+        assert other.metrics == first.metrics
 
 
-@pytest.mark.parametrize("stage", ["stage1", "stage3"])
+@pytest.mark.parametrize("stage", ["stage3"])
 def test_averages_of_what_two_stages_hold(ranks: Any, tmp_path: Path, stage: str) -> None:
     """Embedding and head are one weight, at both ends of a pipeline; validation runs on the average."""
     ways = [
@@ -120,10 +119,30 @@ def test_averages_of_what_two_stages_hold(ranks: Any, tmp_path: Path, stage: str
         assert other.column("val_loss") == pytest.approx(first.column("val_loss"), rel=1e-5)
 
 
+class Moving(Steady):
+    """With states."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), self.lr, foreach=False)
+
+
+def test_learning_rate_finder(ranks: Any, tmp_path: Path) -> None:
+    """It goes back to a checkpoint without any state, in the middle of a run."""
+    ways = choices(tmp_path / "states", True)[::2]
+    jobs = [
+        replace(FINDS, fit=replace(FINDS.fit, module=Moving, zero={"zero": "stage3", "offload": way}, devices=2))
+        for way in ways
+    ]
+    first, *others = ranks(2).run(run_with, jobs, tmp_path, timeout=120)[0]
+    for other in others:
+        assert same_bits(other.weights, first.weights)
+        assert other.rows == first.rows
+
+
 def test_pruning(ranks: Any, tmp_path: Path) -> None:
     fits = all_ways(Fit(module=Untied, epochs=3, trainer={"gradient_clip_val": 0.5}), tmp_path / "states")
-    for kind, arguments in ((ModelPruning, GLOBAL), (PrunesBlocks, LOCAL)):
-        jobs = [With(fit, [(kind, arguments)]) for fit in fits]
+    for kind, arguments, chosen in ((ModelPruning, GLOBAL, fits), (PrunesBlocks, LOCAL, fits[:2])):
+        jobs = [With(fit, [(kind, arguments)]) for fit in chosen]
         first, *others = ranks(2).run(run_with, jobs, tmp_path / kind.__name__, timeout=120)[0]
         for other in others:
             assert same_bits(other.weights, first.weights)
@@ -172,10 +191,9 @@ class Grows(LitGPT):
 
 def test_validation_and_whole_parameters_between_steps(ranks: Any, tmp_path: Path) -> None:
     fit = Fit(module=Grows, trainer={"val_check_interval": 2})
-    for stage in ("stage1", "stage3"):
-        first, *others = ranks(2).run(train_all, all_ways(fit, tmp_path / "states", stage), tmp_path / stage)[0]
-        for other in others:
-            assert other.rows == first.rows
+    first, *others = ranks(2).run(train_all, all_ways(fit, tmp_path / "states", "stage3"), tmp_path)[0]
+    for other in others:
+        assert other.rows == first.rows
 
 
 # ---- single parameters

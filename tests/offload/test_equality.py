@@ -70,6 +70,80 @@ def autocast_loss(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     return loss
 
 
+def holding(stage: str, folder: Path, run: Run) -> list[Outcome]:
+    """Accumulate in the way that is not the stage's own; and as from a GPU in both."""
+    other = "reduce" if stage == "stage1" else "hold"
+    found = [trained(stage, None, run, accumulate=other)]
+    found += [trained(stage, way, run, accumulate=other) for way in (Offload("cpu"), disk(folder))]
+    found += [trained(stage, way, run, accumulate=other, streams=True) for way in (Offload("cpu"), disk(folder))]
+    own = [trained(stage, None, run)]
+    own += [trained(stage, way, run, streams=True) for way in (Offload("cpu"), disk(folder))]
+    same(own)
+    return found
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_gradients_that_are_copied_and_held(ranks: Any, stage: str, tmp_path: Path) -> None:
+    run = with_steps(RUN, steps=3, micro_batches=3, clip=0.5)
+    for outcomes in ranks(2).run(holding, stage, tmp_path, run):
+        same(outcomes)
+
+
+class Partly(GPT):
+    """With a frozen block, a part that no loss reaches, and one that only some steps reach."""
+
+    def __init__(self) -> None:
+        super().__init__(layers=4)
+        self.blocks[1].requires_grad_(False)
+        self.idle = torch.nn.Linear(12, 12)
+        self.sometimes = torch.nn.Linear(12, 12)
+        self.calls = 0
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        x = super().forward(tokens)
+        return x + self.sometimes(self.embedding(tokens)).mean() if self.calls % 2 else x
+
+
+def trainable(model: torch.nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, foreach=False)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_frozen_and_unreached_parameters(ranks: Any, stage: str, tmp_path: Path) -> None:
+    run = with_steps(RUN, model=Partly, optimizer=trainable, steps=5)
+    for outcomes in ranks(2).run(all_of, stage, tmp_path, run):
+        same(outcomes)
+
+
+class Counting(torch.optim.Optimizer):
+    """Counts steps in the group, as some optimizers do, and makes its state anew in each."""
+
+    def __init__(self, params: Any, lr: float | torch.Tensor) -> None:
+        super().__init__(params, {"lr": lr, "k": 0})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            group["k"] += 1
+            for param in group["params"]:
+                if param.grad is not None:
+                    state = self.state[param]
+                    state["sum"] = state.get("sum", torch.zeros_like(param)) * 0.9 + param.grad
+                    param.sub_(state["sum"] * group["lr"] / group["k"])
+        return loss
+
+
+def counting(model: torch.nn.Module) -> torch.optim.Optimizer:
+    return Counting(model.parameters(), torch.tensor(0.1))
+
+
+def test_an_optimizer_that_counts_in_its_groups(ranks: Any, tmp_path: Path) -> None:
+    for outcomes in ranks(2).run(all_of, "stage2", tmp_path, with_steps(RUN, optimizer=counting, model=big)):
+        same(outcomes)
+
+
 def test_a_plain_adamw_steps_with_the_fused_kernel(tmp_path: Path) -> None:
     run = with_steps(RUN, optimizer=plain)
     expected = one_process(run)

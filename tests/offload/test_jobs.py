@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,18 @@ def test_states_that_do_not_fit_into_memory(tmp_path: Path) -> None:
     assert "steps: 3" in on_disk.stdout
     assert list((tmp_path / "states").iterdir()) == []
     assert sum(file.stat().st_size for file in (tmp_path / "saved").iterdir()) > 12 * 1_001_000 * 12
+
+
+def test_a_disk_that_fails_on_one_rank(tmp_path: Path) -> None:
+    """The other rank does not wait, and nothing that is half stepped is saved."""
+    begin = time.monotonic()
+    found = job("failing", "disk", str(tmp_path))
+    assert found.returncode != 0
+    assert time.monotonic() - begin < 60
+    assert "writing" in found.stderr and "failed (No space left on device)" in found.stderr, found.stderr[-3000:]
+    assert list((tmp_path / "states").iterdir()) == []
+    kept = sorted(folder.name for folder in (tmp_path / "kept").iterdir())
+    assert kept == [f"step={number}.ckpt" for number in range(1, KILLED_AT)]
 
 
 def resumed(folder: Path, checkpoint: Path | None, offload: Offload) -> dict[str, torch.Tensor]:
