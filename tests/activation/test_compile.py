@@ -13,7 +13,7 @@ from lit_zero.activation.policy import Activation
 from lit_zero.core.errors import UnsupportedError
 from tests.activation.harness import VARIANTS, DropGPT, gradients, same
 from tests.compile.test_compile import BLOCKS, FIT, fit_all
-from tests.strategy.harness import Fit, same_bits
+from tests.strategy.harness import Fit, Short, same_bits
 from tests.zero.harness import tokens
 
 
@@ -54,7 +54,7 @@ def test_on_ranks(ranks: Any, tmp_path: Path) -> None:
     """One graph for a block, as without, and the same bits."""
 
     def fit(activation: str) -> Fit:
-        return Fit({"zero": "stage3", "activation": activation}, 2, epochs=1, module=FIT.module)
+        return Short({"zero": "stage3", "activation": activation}, 2, epochs=1, module=FIT.module)
 
     fits = [(fit("none"), "whole"), (fit("full"), "whole"), (fit("full"), "compile()")]
     (plain, graphs), *found = ranks(2).run(fit_all, fits, tmp_path, timeout=240)[0]

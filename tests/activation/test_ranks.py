@@ -20,7 +20,7 @@ from lit_zero.core.errors import ConfigError
 from lit_zero.zero.engine import Engine
 from tests.activation.harness import CPU, VARIANTS, DropBlock, DropGPT, LitDropGPT
 from tests.pool import RankFailure
-from tests.strategy.harness import Fit, loaders, make_trainer, same_bits, train_all
+from tests.strategy.harness import Short, loaders, make_trainer, same_bits, train_all
 from tests.zero.harness import momentum, tokens
 
 
@@ -104,7 +104,7 @@ def fit_replicated(
         torch.manual_seed(0)
         module = Replicated(layers=4)
         zero = {"zero": "stage2", "activation": word, "pipeline": pipeline or Pipeline()}
-        fit = Fit(zero, devices, {"use_distributed_sampler": False}, epochs=1)
+        fit = Short(zero, devices, {"use_distributed_sampler": False}, epochs=1)
         trainer = make_trainer(fit, Path("unused"), logger=False, callbacks=[], limit_val_batches=0)
         trainer.fit(module)
         found.append({k: v.clone() for k, v in trainer.strategy.lightning_module_state_dict().items()})
@@ -124,7 +124,7 @@ def test_partition_in_pipelines(ranks: Any) -> None:
 
 
 def test_ranks_that_hold_different_activations_are_told(ranks: Any, tmp_path: Path) -> None:
-    fit = Fit({"zero": "stage2", "activation": VARIANTS["partition"]}, 2, module=LitDropGPT, epochs=1)
+    fit = Short({"zero": "stage2", "activation": VARIANTS["partition"]}, 2, module=LitDropGPT, epochs=1)
     with pytest.raises(
         RankFailure,
         match="The ranks that activation.ranks=2 puts together hold different arguments of block 'model.blocks.0'. "
@@ -197,7 +197,7 @@ def test_blocks_do_what_is_said(ranks: Any, tmp_path: Path) -> None:
     budget = Activation("budget", budget=70_000)
     words = [Activation(), *(VARIANTS[v] for v in ("full", "every_n", "selective", "offload")), budget]
     fits = [
-        Fit(
+        Short(
             {"zero": "stage2", "activation": word}, 2, {"limit_val_batches": 0}, Noted, {"layers": 4}, 16, 1, look=calls
         )
         for word in words
@@ -212,7 +212,7 @@ def test_in_a_pipeline_a_block_is_computed_again_once(ranks: Any, schedule: str,
     """Two steps of four micro-batches; where the backward is in two halves too, and on the stage that splits it."""
     pipeline = Pipeline(schedule, stages=2, micro_batches=4)
     fits = [
-        Fit(
+        Short(
             {"zero": "stage2", "activation": word, "pipeline": pipeline},
             2,
             {"limit_val_batches": 0},
@@ -231,7 +231,7 @@ def test_in_a_pipeline_a_block_is_computed_again_once(ranks: Any, schedule: str,
 def test_a_budget_that_nothing_fits_ends_the_run_before_a_weight_changes(ranks: Any, tmp_path: Path) -> None:
     for pipeline in (Pipeline(), Pipeline("1f1b", stages=2, micro_batches=4)):
         zero = {"zero": "stage2", "activation": Activation("budget", budget=1000), "pipeline": pipeline}
-        fit = Fit(zero, 2, module=Unstepped, arguments={"layers": 4}, epochs=1)
+        fit = Short(zero, 2, module=Unstepped, arguments={"layers": 4}, epochs=1)
         with pytest.raises(RankFailure) as caught:
             ranks(2).run(train_all, [fit], tmp_path)
         assert "activation.budget=1000 is below the least possible" in str(caught.value)
@@ -244,7 +244,7 @@ class Unstepped(LitDropGPT):
 
 
 def fit_twice(folder: Path) -> None:
-    fit = Fit({"zero": "stage3", "activation": "full"}, 2, module=LitDropGPT, epochs=1)
+    fit = Short({"zero": "stage3", "activation": "full"}, 2, module=LitDropGPT, epochs=1)
     module, trainer = LitDropGPT(), make_trainer(fit, folder, callbacks=[During()])
     keys = list(module.state_dict())
     assert not any("forward" in vars(block) for block in module.model.blocks)

@@ -11,7 +11,7 @@ import pytest
 from lit_zero.activation.policy import Activation
 from lit_zero.pipeline.policy import Pipeline
 from tests.activation.harness import VARIANTS, LitDropGPT
-from tests.strategy.harness import STAGES, Fit, Outcome, same_bits, train_all
+from tests.strategy.harness import STAGES, Fit, Outcome, Short, same_bits, train_all
 
 NONE = Activation()
 ALONE = {name: policy for name, policy in VARIANTS.items() if name != "partition"}
@@ -19,7 +19,7 @@ ALONE = {name: policy for name, policy in VARIANTS.items() if name != "partition
 
 def fit(stage: str, activation: Activation, devices: int = 2, **more: Any) -> Fit:
     zero = {"zero": stage, "activation": activation, **more}
-    return Fit(zero, devices, module=LitDropGPT, arguments={"layers": 4}, rows=16, epochs=1)
+    return Short(zero, devices, module=LitDropGPT, arguments={"layers": 4}, rows=16, epochs=1)
 
 
 def bit_equal(found: list[Outcome]) -> None:

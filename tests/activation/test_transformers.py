@@ -13,7 +13,7 @@ from lit_zero.activation.policy import Activation
 from lit_zero.core.errors import LitZeroError
 from tests.activation.harness import VARIANTS, gradients, same
 from tests.models.harness import Foreign, defaults
-from tests.strategy.harness import Fit, same_bits, train_all
+from tests.strategy.harness import Short, same_bits, train_all
 from tests.zero.harness import tokens
 
 transformers = pytest.importorskip("transformers", reason="pip install lit-zero[models]")
@@ -76,7 +76,7 @@ def on_rows(model: Any, rows: torch.Tensor) -> torch.Tensor:
 def test_on_ranks(ranks: Any, tmp_path: Path) -> None:
     fit = defaults({"arguments": {"build": gpt2, "loss": on_rows}, "trainer": {"precision": "32-true"}})
     words = [Activation(), *(VARIANTS[word] for word in ("full", "selective", "offload"))]
-    fits = [Fit({"zero": "stage3", "activation": word}, 2, **fit) for word in words]
+    fits = [Short({"zero": "stage3", "activation": word}, 2, **fit) for word in words]
     assert fit["module"] is Foreign
     plain, *others = ranks(2).run(train_all, fits, tmp_path, timeout=120)[0]
     for each in others:

@@ -11,7 +11,7 @@ import pytest
 from lit_zero import Activation, Offload, Pipeline
 from tests.activation.harness import DropGPT, LitDropGPT
 from tests.fabric import harness as fabric
-from tests.strategy.harness import Fit, Outcome, distance, same_bits, train_all
+from tests.strategy.harness import Fit, Outcome, Short, distance, same_bits, train_all
 
 WAYS = [("stage3", "disk", "full"), ("stage2", "cpu", "selective")]
 PIPELINE = Pipeline("1f1b", stages=2, micro_batches=4)
@@ -29,7 +29,7 @@ def fits(
     arguments = {"layers": 4, "optimizer": optimizer, "lr": 0.1 if optimizer == "sgd" else 1e-2}
     chosen = [(place, each) for place in (Offload(), offload) for each in ("none", word)]
     return [
-        Fit(
+        Short(
             {"zero": stage, "offload": place, "activation": activation, **more},
             devices,
             {"gradient_clip_val": 0.3},

@@ -22,7 +22,7 @@ from tests.callbacks.test_stock import FINDS, Steady
 from tests.fabric import harness as fabric
 from tests.offload.harness import CPU, disk
 from tests.pipeline.test_training import piped
-from tests.strategy.harness import Fit, LitGPT, distance, same_bits, train, train_all
+from tests.strategy.harness import Fit, LitGPT, Short, distance, same_bits, train, train_all
 from tests.strategy.test_checkpoints import Rich
 from tests.strategy.test_finetuning import Plain, callbacks
 from tests.strategy.test_manual import GAN
@@ -59,7 +59,7 @@ def whole_weights(trainer: pl.Trainer) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("form", ["full", "sharded"])
 def test_a_checkpoint_knows_nothing_of_offload(ranks: Any, tmp_path: Path, form: str) -> None:
     """What one way saves in a stage, another loads in another stage."""
-    whole = Fit({"checkpoint": form}, module=Rich, arguments={"lr": 0.05}, epochs=2, look=whole_weights)
+    whole = Short({"checkpoint": form}, module=Rich, arguments={"lr": 0.05}, epochs=2, look=whole_weights)
     first = replace(whole, epochs=1, look=save)
     halves = all_ways(first, tmp_path / "states", "stage3")
     expected, *_ = ranks(2).run(train_all, [all_ways(whole, tmp_path)[0], *halves], tmp_path / "first")[0]
@@ -74,8 +74,8 @@ def test_a_checkpoint_knows_nothing_of_offload(ranks: Any, tmp_path: Path, form:
 
 def test_adamw_state_survives(ranks: Any, tmp_path: Path) -> None:
     arguments = {"optimizer": "adamw", "lr": 1e-2}
-    whole = Fit({"checkpoint": "sharded"}, arguments=arguments, epochs=2, look=whole_weights)
-    alone = train(Fit(arguments=arguments, epochs=2), tmp_path / "alone")
+    whole = Short({"checkpoint": "sharded"}, arguments=arguments, epochs=2, look=whole_weights)
+    alone = train(Short(arguments=arguments, epochs=2), tmp_path / "alone")
     firsts = all_ways(replace(whole, epochs=1, look=save), tmp_path / "states")
     ranks(2).run(train_all, firsts, tmp_path / "first")
     second = [
@@ -97,7 +97,7 @@ AVERAGES: list[tuple[str, Any, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("stage", "kind", "arguments"), AVERAGES)
 def test_weight_averaging(ranks: Any, tmp_path: Path, stage: str, kind: Any, arguments: dict[str, Any]) -> None:
-    fits = all_ways(Fit(epochs=3), tmp_path / "states", stage)
+    fits = all_ways(Short(epochs=3), tmp_path / "states", stage)
     jobs = [With(fit, [(kind, arguments)], kept=True) for fit in fits]
     first, *others = ranks(2).run(run_with, jobs, tmp_path, timeout=120)[0]
     for other in others:
@@ -140,7 +140,7 @@ def test_learning_rate_finder(ranks: Any, tmp_path: Path) -> None:
 
 
 def test_pruning(ranks: Any, tmp_path: Path) -> None:
-    fits = all_ways(Fit(module=Untied, epochs=3, trainer={"gradient_clip_val": 0.5}), tmp_path / "states")
+    fits = all_ways(Short(module=Untied, epochs=3, trainer={"gradient_clip_val": 0.5}), tmp_path / "states")
     for kind, arguments, chosen in ((ModelPruning, GLOBAL, fits), (PrunesBlocks, LOCAL, fits[:2])):
         jobs = [With(fit, [(kind, arguments)]) for fit in chosen]
         first, *others = ranks(2).run(run_with, jobs, tmp_path / kind.__name__, timeout=120)[0]
@@ -152,7 +152,7 @@ def test_pruning(ranks: Any, tmp_path: Path) -> None:
 
 
 def thaw(folder: Path) -> list[Any]:
-    fits = all_ways(Fit(module=Plain, epochs=4), folder / "states", "stage3")
+    fits = all_ways(Short(module=Plain, epochs=4), folder / "states", "stage3")
     return [train(replace(fit, trainer=callbacks()), folder / str(n)) for n, fit in enumerate(fits)]
 
 
@@ -164,7 +164,7 @@ def test_thawing_block_by_block(ranks: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stage", ["stage1", "stage3"])
 def test_manual_optimization(ranks: Any, tmp_path: Path, stage: str) -> None:
-    first, *others = ranks(2).run(train_all, all_ways(Fit(module=GAN), tmp_path / "states", stage), tmp_path)[0]
+    first, *others = ranks(2).run(train_all, all_ways(Short(module=GAN), tmp_path / "states", stage), tmp_path)[0]
     for other in others:
         assert distance(other.weights, first.weights) < 1e-6
 
@@ -190,7 +190,7 @@ class Grows(LitGPT):
 
 
 def test_validation_and_whole_parameters_between_steps(ranks: Any, tmp_path: Path) -> None:
-    fit = Fit(module=Grows, trainer={"val_check_interval": 2})
+    fit = Short(module=Grows, trainer={"val_check_interval": 2})
     first, *others = ranks(2).run(train_all, all_ways(fit, tmp_path / "states", "stage3"), tmp_path)[0]
     for other in others:
         assert other.rows == first.rows

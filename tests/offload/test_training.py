@@ -11,7 +11,18 @@ import torch
 from torch import nn
 
 from lit_zero import Offload, Pipeline
-from tests.strategy.harness import Fit, LitGPT, Outcome, distance, loaders, make_trainer, same_bits, train, train_all
+from tests.strategy.harness import (
+    Fit,
+    LitGPT,
+    Outcome,
+    Short,
+    distance,
+    loaders,
+    make_trainer,
+    same_bits,
+    train,
+    train_all,
+)
 from tests.strategy.test_precision import Overflowing, half, scales
 
 STAGES = ("stage1", "stage2", "stage3")
@@ -23,7 +34,7 @@ def fits(folder: Path, stage: str, devices: int, **more: Any) -> list[Fit]:
     choices = [Offload(), Offload("cpu"), Offload("disk", folder=folder, chunk=1 << 16)]
     if stage == "stage3":
         choices.append(Offload("disk", params=True, folder=folder))
-    return [Fit({"zero": stage, "offload": each}, devices, **more) for each in choices]
+    return [Short({"zero": stage, "offload": each}, devices, **more) for each in choices]
 
 
 def equal(one: Outcome, other: Outcome) -> None:
@@ -44,7 +55,7 @@ def test_two_ranks_equal_no_offload(ranks: Any, stage: str, tmp_path: Path) -> N
 @pytest.mark.parametrize("stage", ["stage1", "stage3"])
 def test_adamw_equals_one_process(ranks: Any, stage: str, tmp_path: Path) -> None:
     arguments = {"optimizer": "adamw", "lr": 1e-2}
-    alone = train(Fit(arguments=arguments), tmp_path / "alone")
+    alone = train(Short(arguments=arguments), tmp_path / "alone")
     for outcome in ranks(2).run(train_all, fits(tmp_path / "states", stage, 2, arguments=arguments), tmp_path)[0]:
         assert distance(outcome.weights, alone.weights) < 1e-6
         assert outcome.column("val_loss") == pytest.approx(alone.column("val_loss"), rel=1e-5)
@@ -52,7 +63,7 @@ def test_adamw_equals_one_process(ranks: Any, stage: str, tmp_path: Path) -> Non
 
 def test_one_rank(ranks: Any, tmp_path: Path) -> None:
     """A rank that is alone has shards of one."""
-    alone = train(Fit(trainer=BUSY), tmp_path / "alone")
+    alone = train(Short(trainer=BUSY), tmp_path / "alone")
     for stage in ("stage2", "stage3"):
         for outcome in ranks(1).run(train_all, fits(tmp_path / "states", stage, 1, trainer=BUSY), tmp_path)[0]:
             assert distance(outcome.weights, alone.weights) < 1e-6

@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import (
 from tests.callbacks.harness import With, run, run_all
 from tests.callbacks.test_pruning import GLOBAL, LOCAL, PrunesBlocks, Untied
 from tests.pipeline.test_training import piped
-from tests.strategy.harness import STAGES, Fit, LitGPT, Outcome, distance
+from tests.strategy.harness import STAGES, LitGPT, Outcome, Short, distance
 
 
 class Epochly(LitGPT):
@@ -44,7 +44,7 @@ JOBS: dict[str, tuple[Any, Any, int]] = {
 @pytest.mark.parametrize("name", JOBS)
 def test_equals_one_process(ranks: Any, tmp_path: Path, name: str) -> None:
     callback, module, epochs = JOBS[name]
-    fit = Fit(module=module, arguments={"layers": 4}, epochs=epochs)
+    fit = Short(module=module, arguments={"layers": 4}, epochs=epochs)
     theirs = run(With(fit, [callback]), tmp_path / "alone")
     plain = run(With(fit), tmp_path / "plain")
     assert distance(in_order(theirs, plain), plain.weights) > 1e-3, "the callback must matter"

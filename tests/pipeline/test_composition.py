@@ -16,7 +16,18 @@ from lit_zero import Zero, ZeroStrategy
 from tests.pipeline.reference import Random
 from tests.pipeline.test_training import SCHEDULES, equal, piped
 from tests.pool import RankFailure
-from tests.strategy.harness import STAGES, Fit, LitGPT, Outcome, distance, loaders, make_trainer, train, train_all
+from tests.strategy.harness import (
+    STAGES,
+    Fit,
+    LitGPT,
+    Outcome,
+    Short,
+    distance,
+    loaders,
+    make_trainer,
+    train,
+    train_all,
+)
 from tests.strategy.test_precision import half
 
 ADAMW = {"optimizer": "adamw", "lr": 1e-2, "layers": 4}
@@ -56,7 +67,7 @@ WAYS: dict[str, dict[str, Any]] = {
 def odd(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     folder = tmp_path_factory.mktemp("odd")
     return {
-        name: train(Fit(module=Odd, arguments=ADAMW, trainer=way, look=norms), folder / name)
+        name: train(Short(module=Odd, arguments=ADAMW, trainer=way, look=norms), folder / name)
         for name, way in WAYS.items()
     }
 
@@ -108,7 +119,7 @@ class Partly(LitGPT):
 
 
 def test_a_tied_weight_that_one_stage_does_not_use(ranks: Any, tmp_path: Path) -> None:
-    alone = train(Fit(module=Partly, arguments=ADAMW), tmp_path / "alone")
+    alone = train(Short(module=Partly, arguments=ADAMW), tmp_path / "alone")
     for size in (2, 4):
         fits = [replace(piped(stage, size), module=Partly, arguments=ADAMW) for stage in STAGES]
         for each in ranks(size).run(train_all, fits, tmp_path / str(size), timeout=120)[0]:
@@ -120,7 +131,7 @@ def test_a_tied_weight_that_one_stage_does_not_use(ranks: Any, tmp_path: Path) -
 
 def test_bf16_mixed(ranks: Any, tmp_path: Path) -> None:
     trainer = {"precision": "bf16-mixed", "accumulate_grad_batches": 2, "gradient_clip_val": 0.2}
-    alone = train(Fit(arguments=ADAMW, trainer=trainer), tmp_path / "alone")
+    alone = train(Short(arguments=ADAMW, trainer=trainer), tmp_path / "alone")
     fits = [replace(piped(stage), arguments=ADAMW, trainer=trainer) for stage in STAGES]
     for each in ranks(2).run(train_all, fits, tmp_path, timeout=120)[0]:
         assert distance(each.weights, alone.weights) < 2.0**-10
@@ -157,7 +168,7 @@ def scales(trainer: pl.Trainer) -> list[tuple[float, float]]:
 def test_all_stages_skip_together(ranks: Any, tmp_path: Path, where: str) -> None:
     given = {"where": where, "overflows": (0, 3, 4), **ADAMW}
     # Lightning alone lets the rate go on.
-    plain = Fit({"zero": "none"}, 1, half(), Overflowing, given, epochs=2, look=scales)
+    plain = Short({"zero": "none"}, 1, half(), Overflowing, given, epochs=2, look=scales)
     [alone] = ranks(1).run(train, plain, tmp_path / "alone")
     fits = [
         replace(piped(stage), module=Overflowing, arguments=given, trainer=half(), epochs=2, look=scales)
@@ -180,8 +191,8 @@ def test_all_stages_skip_together(ranks: Any, tmp_path: Path, where: str) -> Non
 
 def test_dropout_equals_one_process_that_runs_the_same_micro_batches(ranks: Any, tmp_path: Path) -> None:
     arguments = {"layers": 4}
-    alone = train(Fit(module=Random, arguments={"pieces": True, **arguments}), tmp_path / "alone")
-    without = train(Fit(module=Random, arguments={"dropout": False, **arguments}), tmp_path / "without")
+    alone = train(Short(module=Random, arguments={"pieces": True, **arguments}), tmp_path / "alone")
+    without = train(Short(module=Random, arguments={"dropout": False, **arguments}), tmp_path / "without")
     assert distance(alone.weights, without.weights) > 1e-2
     fits = [replace(piped("stage3", **way), module=Random, arguments=arguments) for way in SCHEDULES.values()]
     for each in ranks(2).run(train_all, fits, tmp_path, timeout=120)[0]:
@@ -190,7 +201,7 @@ def test_dropout_equals_one_process_that_runs_the_same_micro_batches(ranks: Any,
 
 def test_batch_statistics_are_saved_by_the_stages_that_have_them(ranks: Any, tmp_path: Path) -> None:
     arguments = {"layers": 4, "dropout": False, "norms": True}
-    alone = train(Fit(module=Random, arguments={"pieces": True, **arguments}), tmp_path / "alone")
+    alone = train(Short(module=Random, arguments={"pieces": True, **arguments}), tmp_path / "alone")
     means = [name for name in alone.weights if name.endswith("running_mean")]
     assert len(means) == 2 and all(alone.weights[name].abs().sum() > 0 for name in means)
     ways = [{}, SCHEDULES["zbv"]]
@@ -224,7 +235,7 @@ def gathers(trainer: pl.Trainer) -> Any:
 def test_units_are_gathered_once_a_step_unless_slots_are_few(ranks: Any, tmp_path: Path) -> None:
     fit = replace(piped("stage3", 4), arguments={"layers": 8}, epochs=1, before=count, look=gathers, rows=32)
     few = replace(fit, zero={**fit.zero, "zero": Zero("stage3", slots=2)})  # type: ignore[dict-item]
-    alone = train(Fit(arguments={"layers": 8}, epochs=1, rows=32), tmp_path / "alone")
+    alone = train(Short(arguments={"layers": 8}, epochs=1, rows=32), tmp_path / "alone")
     found = ranks(4).run(train_all, [fit, few], tmp_path, timeout=120)
     for once, often in found:
         number, units, room = once.notes
@@ -243,7 +254,7 @@ def test_gradients_are_reduced_once_a_step_unless_asked(ranks: Any, tmp_path: Pa
     """The last batch has 2 rows in each pipeline, and so 2 micro-batches."""
     fit = replace(piped("stage2", 4), before=count, look=reductions, epochs=1)
     often = replace(fit, zero={**fit.zero, "zero": Zero("stage2", accumulate="reduce")})  # type: ignore[dict-item]
-    alone = train(Fit(arguments={"layers": 4}, epochs=1), tmp_path / "alone")
+    alone = train(Short(arguments={"layers": 4}, epochs=1), tmp_path / "alone")
     found = ranks(4).run(train_all, [fit, often], tmp_path, timeout=120)
     for held, reduced in found:
         assert reduced.notes == 2 * held.notes > 0
@@ -264,7 +275,7 @@ def several(ways: list[Any], devices: int, folder: Path) -> list[list[Any]]:
     found = []
     for number, given in enumerate(ways):
         torch.manual_seed(0)
-        module, fit = Trained(layers=4), Fit(given, devices, epochs=1)
+        module, fit = Trained(layers=4), Short(given, devices, epochs=1)
         train_data, val_data = loaders(fit)
         trainer = make_trainer(fit, folder / str(number))
         trainer.fit(module, train_data, val_data)
@@ -292,7 +303,7 @@ def test_several_runs(ranks: Any, tmp_path: Path) -> None:
 def evaluated_first(way: dict[str, Any], folder: Path, where: str) -> Any:
     """Validate, then fit, with one Trainer."""
     torch.manual_seed(0)
-    fit = Fit(way or "auto", 2 if way else 1, epochs=1)
+    fit = Short(way or "auto", 2 if way else 1, epochs=1)
     module: Any = Random(layers=4, dropout=False, norms=True, pieces=not way)
     if where:
         module = Auxiliary(where)

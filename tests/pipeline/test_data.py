@@ -17,7 +17,7 @@ from lit_zero import Zero
 from lit_zero.core.errors import ConfigError
 from tests.pipeline.test_training import SCHEDULES, equal, piped
 from tests.pool import RankFailure
-from tests.strategy.harness import VOCAB, Fit, LitGPT, distance, loaders, make_trainer, outcome, train, train_all
+from tests.strategy.harness import VOCAB, Fit, LitGPT, Short, distance, loaders, make_trainer, outcome, train, train_all
 
 
 class Rolled(Dataset[Any]):
@@ -116,14 +116,14 @@ def collated_all(fits: list[Fit], folder: Path, collate: Any) -> list[Any]:
 
 def test_nested_batches(ranks: Any, tmp_path: Path) -> None:
     trainer = {"limit_val_batches": 0}
-    alone = collated(Fit(module=Nested, arguments={"layers": 4}, trainer=trainer), tmp_path / "alone", nested)
+    alone = collated(Short(module=Nested, arguments={"layers": 4}, trainer=trainer), tmp_path / "alone", nested)
     fits = [replace(piped(stage), module=Nested, trainer=trainer) for stage in ("none", "stage3")]
     for each in ranks(2).run(collated_all, fits, tmp_path, nested)[0]:
         equal(each, alone)
 
 
 def test_lengths_that_change_from_step_to_step(ranks: Any, tmp_path: Path) -> None:
-    alone = collated(Fit(arguments={"layers": 4}, trainer=ACCUMULATED), tmp_path / "alone", shorter)
+    alone = collated(Short(arguments={"layers": 4}, trainer=ACCUMULATED), tmp_path / "alone", shorter)
     fits = [replace(piped("stage3", **way), trainer=ACCUMULATED) for way in SCHEDULES.values()]
     for each in ranks(2).run(collated_all, fits, tmp_path, shorter, timeout=120)[0]:
         equal(each, alone)
@@ -135,14 +135,14 @@ ACCUMULATED = {"accumulate_grad_batches": 2}
 @pytest.mark.parametrize("rows", [33, 34, 37])
 def test_a_last_batch_that_does_not_divide(ranks: Any, tmp_path: Path, rows: int) -> None:
     """Of 1 row, fewer than micro-batches; of 2; of 5."""
-    alone = train(Fit(arguments={"layers": 4}, rows=rows), tmp_path / "alone")
+    alone = train(Short(arguments={"layers": 4}, rows=rows), tmp_path / "alone")
     fits = [replace(piped("stage2", **way), rows=rows) for way in SCHEDULES.values()]
     for each in ranks(2).run(train_all, fits, tmp_path, timeout=120)[0]:
         equal(each, alone)
 
 
 def test_a_splitter_of_the_users_own(ranks: Any, tmp_path: Path) -> None:
-    alone = train(Fit(arguments={"layers": 4}), tmp_path / "alone")
+    alone = train(Short(arguments={"layers": 4}), tmp_path / "alone")
     fits = [piped("stage2", split=interleave), piped("stage3", split=interleave, schedule="gpipe")]
     for each in ranks(2).run(train_all, fits, tmp_path)[0]:
         assert distance(each.weights, alone.weights) < 1e-6
@@ -158,7 +158,7 @@ def uneven(fit: Fit, folder: Path) -> Any:
 
 
 def test_pipelines_with_different_numbers_of_rows(ranks: Any, tmp_path: Path) -> None:
-    alone = uneven(Fit(), tmp_path / "alone")
+    alone = uneven(Short(), tmp_path / "alone")
     fit = piped("stage3", 4)
     few = replace(fit, zero={**fit.zero, "zero": Zero("stage3", slots=1)})  # type: ignore[dict-item]
     for each in ranks(4).run(uneven, few, tmp_path):
@@ -229,7 +229,7 @@ class Two(LitGPT):
 
 
 def test_several_loaders(ranks: Any, tmp_path: Path) -> None:
-    alone = combined(Fit(), tmp_path / "alone")
+    alone = combined(Short(), tmp_path / "alone")
     names = set().union(*alone.rows)
     assert "val_loss/dataloader_idx_1" in names
     mine = ranks(2).run(combined, piped("stage3"), tmp_path / "piped")[0]

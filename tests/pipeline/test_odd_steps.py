@@ -19,7 +19,7 @@ from lit_zero.pipeline.micro_batches import together
 from tests.pipeline.reference import Random
 from tests.pipeline.test_training import SCHEDULES, equal, piped
 from tests.pool import RankFailure
-from tests.strategy.harness import STAGES, VOCAB, Fit, LitGPT, distance, loaders, make_trainer, train, train_all
+from tests.strategy.harness import STAGES, VOCAB, Fit, LitGPT, Short, distance, loaders, make_trainer, train, train_all
 from tests.zero.harness import GPT, Block
 
 SPLIT = {name: SCHEDULES[name] for name in ("zero_bubble", "zbv")}
@@ -97,7 +97,7 @@ CUT: dict[str, tuple[Any, dict[str, Any]]] = {
 def test_split_backwards_reach_every_weight(ranks: Any, tmp_path: Path, name: str) -> None:
     module, given = CUT[name]
     arguments = {"layers": 4, "optimizer": "adamw", "lr": 1e-2}
-    alone = train(Fit(module=module, arguments=arguments), tmp_path / "alone")
+    alone = train(Short(module=module, arguments=arguments), tmp_path / "alone")
     start = module(**arguments).state_dict()
     moved = {key for key in alone.weights if not torch.equal(alone.weights[key], start[key])}
     assert any("norm" in key for key in moved)
@@ -135,7 +135,7 @@ def validate_then_fit(fit: Fit, folder: Path) -> Any:
 
 
 def test_a_module_that_calls_itself_is_validated_and_then_trained(ranks: Any, tmp_path: Path) -> None:
-    fit = Fit(module=Calling, arguments={"layers": 4})
+    fit = Short(module=Calling, arguments={"layers": 4})
     alone = validate_then_fit(fit, tmp_path / "alone")
     mine = ranks(2).run(validate_then_fit, replace(piped(), module=Calling), tmp_path)[0]
     assert distance(mine, alone) < 1e-6
@@ -158,7 +158,7 @@ class Probing(LitGPT):
 
 
 def test_validation_uses_what_training_does_not(ranks: Any, tmp_path: Path) -> None:
-    fit = Fit(module=Probing, arguments={"layers": 4})
+    fit = Short(module=Probing, arguments={"layers": 4})
     alone = train(fit, tmp_path / "alone")
     fits = [replace(piped(stage), module=Probing) for stage in STAGES]
     for each in ranks(2).run(train_all, fits, tmp_path)[0]:
@@ -181,7 +181,7 @@ class Drawing(Random):
 
 
 def test_draws_of_other_generators(ranks: Any, tmp_path: Path) -> None:
-    alone = train(Fit(module=Drawing, arguments={"layers": 4, "pieces": True}), tmp_path / "alone")
+    alone = train(Short(module=Drawing, arguments={"layers": 4, "pieces": True}), tmp_path / "alone")
     fits = [replace(piped("stage2", **way), module=Drawing) for way in SCHEDULES.values()]
     for each in ranks(2).run(train_all, fits, tmp_path, timeout=120)[0]:
         equal(each, alone)
@@ -196,7 +196,7 @@ class Unsynchronised(LitGPT):
 
 
 def test_a_metric_that_does_not_exchange_is_the_same_on_every_rank(ranks: Any, tmp_path: Path) -> None:
-    alone = train(Fit(module=Unsynchronised, arguments={"layers": 4}), tmp_path / "alone")
+    alone = train(Short(module=Unsynchronised, arguments={"layers": 4}), tmp_path / "alone")
     for each in ranks(2).run(train, replace(piped(), module=Unsynchronised), tmp_path / "piped"):
         assert each.metrics["val_accuracy"] == pytest.approx(alone.metrics["val_accuracy"], rel=1e-6)
 
@@ -221,7 +221,7 @@ def averaged(fit: Fit, folder: Path) -> Any:
 
 def test_an_averages_statistics_are_those_of_the_stage_that_keeps_them(ranks: Any, tmp_path: Path) -> None:
     arguments = {"layers": 4, "dropout": False, "norms": True}
-    alone = averaged(Fit(module=Random, arguments={**arguments, "pieces": True}), tmp_path / "alone")
+    alone = averaged(Short(module=Random, arguments={**arguments, "pieces": True}), tmp_path / "alone")
     mine = ranks(2).run(averaged, replace(piped(), module=Random, arguments=arguments), tmp_path / "piped")[0]
     assert len(mine) == 4 and distance(mine, alone) < 1e-6
 

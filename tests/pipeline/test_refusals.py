@@ -12,7 +12,7 @@ from torch import nn
 
 from lit_zero import Pipeline, Zero, ZeroStrategy
 from lit_zero.core.errors import ConfigError, LitZeroError, UnsupportedError
-from tests.strategy.harness import Fit, LitGPT, loaders, make_trainer, train
+from tests.strategy.harness import Fit, LitGPT, Short, loaders, make_trainer, train
 from tests.zero.harness import GPT
 
 
@@ -20,7 +20,7 @@ def piped(stages: int = 2, module: type[pl.LightningModule] = LitGPT, **given: A
     """Return a fit on as many ranks as a pipeline has, with the words of ``given`` among its own."""
     arguments = {"layers": given.pop("layers")} if "layers" in given else {}
     pipeline = Pipeline(**{"schedule": "1f1b", "stages": stages, "micro_batches": 4, **given})
-    return Fit({"pipeline": pipeline}, pipeline.ranks, module=module, arguments=arguments, epochs=1)
+    return Short({"pipeline": pipeline}, pipeline.ranks, module=module, arguments=arguments, epochs=1)
 
 
 def refusals(fits: list[Fit], folder: Path) -> list[tuple[str, str]]:
@@ -285,7 +285,7 @@ def test_a_mistake_in_the_step_reaches_every_rank(ranks: Any, tmp_path: Path) ->
 
 def test_any_number_of_micro_batches(ranks: Any, tmp_path: Path) -> None:
     """One, more than there are rows, and a number that divides nothing."""
-    alone = train(Fit(epochs=1), tmp_path / "alone")
+    alone = train(Short(epochs=1), tmp_path / "alone")
     fits = [piped(micro_batches=number) for number in (1, 3, 100)]
     fits += [piped(schedule=name, micro_batches=1) for name in ("gpipe", "zero_bubble")]
     for found in ranks(2).run(losses, fits, tmp_path, timeout=120)[0]:
@@ -321,7 +321,7 @@ class Called(LitGPT):
 
 
 def test_the_module_is_called_outside_of_a_step(ranks: Any, tmp_path: Path) -> None:
-    alone, _, _ = call_outside(Fit(module=Called, epochs=1), tmp_path / "alone")
+    alone, _, _ = call_outside(Short(module=Called, epochs=1), tmp_path / "alone")
     for answers, words, untouched in ranks(2).run(call_outside, piped(module=Called), tmp_path / "piped"):
         for mine, theirs in zip(answers, alone, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)

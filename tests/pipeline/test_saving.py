@@ -13,7 +13,7 @@ from torch import nn
 
 from lit_zero.cli import main
 from tests.pipeline.test_training import SCHEDULES, piped
-from tests.strategy.harness import Fit, LitGPT, Outcome, distance, same_bits, train, train_all
+from tests.strategy.harness import Fit, LitGPT, Outcome, Short, distance, same_bits, train, train_all
 
 
 class Rich(LitGPT):
@@ -36,7 +36,7 @@ def save(trainer: pl.Trainer) -> None:
 
 
 ADAMW = {"optimizer": "adamw", "lr": 1e-2, "layers": 4}
-WHOLE = Fit(module=Rich, arguments=ADAMW, epochs=2)
+WHOLE = Short(module=Rich, arguments=ADAMW, epochs=2)
 FIRST = replace(WHOLE, epochs=1, look=save)
 
 
@@ -66,7 +66,7 @@ def ways(form: str) -> dict[str, Fit]:
         "interleaved": piped("stage2", 2, **SCHEDULES["interleaved"]),
         "four": piped("stage2", 4, stages=4),
         "two by two": piped("stage3", 4),
-        "none": Fit({"zero": "stage3"}, 2),
+        "none": Short({"zero": "stage3"}, 2),
     }
     return {
         name: replace(fit, zero={**fit.zero, "checkpoint": form}, module=Rich, arguments=ADAMW)  # type: ignore[dict-item]

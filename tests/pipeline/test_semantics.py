@@ -20,7 +20,7 @@ from tests.callbacks.harness import With, run_all
 from tests.evaluation.support import dataset
 from tests.pipeline.test_training import SCHEDULES, equal, piped
 from tests.pool import RankFailure
-from tests.strategy.harness import STAGES, VOCAB, Fit, LitGPT, make_trainer, train, train_all
+from tests.strategy.harness import STAGES, VOCAB, Fit, LitGPT, Short, make_trainer, train, train_all
 
 LAYERS = {"layers": 4}
 
@@ -97,18 +97,18 @@ def check_told(found: list[Any], alone: Any) -> None:
 
 
 def test_what_is_logged_is_the_same_on_every_rank(ranks: Any, tmp_path: Path) -> None:
-    alone = train(Fit(module=Logging, arguments=LAYERS, look=told), tmp_path / "alone")
-    fits = [replace(piped("stage2", **way), module=Logging, look=told) for way in SCHEDULES.values()]
+    alone = train(Short(module=Logging, arguments=LAYERS, epochs=2, look=told), tmp_path / "alone")
+    fits = [replace(piped("stage2", **way), module=Logging, epochs=2, look=told) for way in SCHEDULES.values()]
     check_told(ranks(2).run(train_all, fits, tmp_path, timeout=180), alone)
 
 
 def test_logs_of_two_pipelines(ranks: Any, tmp_path: Path) -> None:
     """What each pipeline returns and what is logged without sync_dist is of its own rows."""
     names = ("val_micro", "val_f1", "val_auroc", "val_accuracy", "mean", "kept")
-    alone = train(Fit(module=Logging, arguments=LAYERS), tmp_path / "alone")
+    alone = train(Short(module=Logging, arguments=LAYERS, epochs=2), tmp_path / "alone")
     fits = [
-        replace(piped("stage3", 4), module=Logging),
-        replace(piped("stage1", 4, **SCHEDULES["zbv"]), module=Logging),
+        replace(piped("stage3", 4), module=Logging, epochs=2),
+        replace(piped("stage1", 4, **SCHEDULES["zbv"]), module=Logging, epochs=2),
     ]
     for outcomes in ranks(4).run(train_all, fits, tmp_path, timeout=180):
         for each in outcomes:
@@ -135,7 +135,7 @@ class Sometimes(LitGPT):
 def test_no_loss(ranks: Any, tmp_path: Path) -> None:
     ways: list[dict[str, Any]] = [{}, {"accumulate_grad_batches": 2}]
     alone = [
-        train(Fit(module=Sometimes, arguments=LAYERS, trainer=way), tmp_path / f"alone{number}")
+        train(Short(module=Sometimes, arguments=LAYERS, trainer=way), tmp_path / f"alone{number}")
         for number, way in enumerate(ways)
     ]
     fits = [replace(piped(stage), module=Sometimes, trainer=way) for stage in STAGES for way in ways]
@@ -161,7 +161,7 @@ def test_callbacks(ranks: Any, tmp_path: Path) -> None:
         trainer = {"enable_checkpointing": True}
         return With(replace(fit, trainer=trainer, epochs=6, look=stopped, arguments={**LAYERS, "lr": 0.05}), callbacks)
 
-    [alone] = run_all([job(Fit(), "alone")], tmp_path / "0")
+    [alone] = run_all([job(Short(), "alone")], tmp_path / "0")
     jobs = [job(piped("stage2"), "two"), job(piped("stage3", **SCHEDULES["zbv"]), "zbv")]
     for outcomes in ranks(2).run(run_all, jobs, tmp_path / "1", timeout=120):
         for each in outcomes:
@@ -200,7 +200,7 @@ def predict(ways: list[Fit], folder: Path) -> list[Any]:
 
 def test_predictions(ranks: Any, tmp_path: Path) -> None:
     (tmp_path / "alone").mkdir()
-    [(batches, written)] = predict([Fit()], tmp_path / "alone")
+    [(batches, written)] = predict([Short()], tmp_path / "alone")
     ways = [piped("stage3", **way) for way in SCHEDULES.values()]
     for rank, outcomes in enumerate(ranks(2).run(predict, ways, tmp_path)):
         for returned, mine in outcomes:
@@ -237,7 +237,7 @@ def evaluate(ways: list[Fit], folder: Path) -> list[Any]:
 
 
 def test_evaluation_under_every_schedule(ranks: Any, tmp_path: Path) -> None:
-    [alone] = evaluate([Fit()], tmp_path)
+    [alone] = evaluate([Short()], tmp_path)
     ways = [piped("stage3", **way) for way in SCHEDULES.values()]
     for outcomes in ranks(2).run(evaluate, ways, tmp_path, timeout=120):
         for each in outcomes:
@@ -294,7 +294,7 @@ def looked(trainer: pl.Trainer) -> Any:
 
 def test_parameters_of_other_stages(ranks: Any, tmp_path: Path) -> None:
     arguments = {"optimizer": "adamw", "lr": 1e-2, **LAYERS}
-    alone = train(Fit(module=Looking, arguments=arguments, look=looked, epochs=1), tmp_path / "alone")
+    alone = train(Short(module=Looking, arguments=arguments, look=looked, epochs=1), tmp_path / "alone")
     assert len(alone.notes) == 5 * 13
     for size in (2, 4):
         fits = [

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from lit_zero.pipeline.policy import Pipeline
-from tests.strategy.harness import STAGES, Fit, Outcome, distance, train, train_all
+from tests.strategy.harness import STAGES, Fit, Outcome, Short, distance, train, train_all
 
 
 def piped(stage: str = "stage2", devices: int = 2, layers: int = 4, **pipeline: Any) -> Fit:
     """Return a fit in a pipeline."""
     given = {"schedule": "1f1b", "stages": 2, "micro_batches": 4, **pipeline}
-    return Fit({"zero": stage, "pipeline": Pipeline(**given)}, devices, arguments={"layers": layers})
+    return Short({"zero": stage, "pipeline": Pipeline(**given)}, devices, arguments={"layers": layers})
 
 
 def equal(one: Outcome, other: Outcome, close: float = 1e-6) -> None:
@@ -26,7 +26,7 @@ def equal(one: Outcome, other: Outcome, close: float = 1e-6) -> None:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    return train(Fit(arguments={"layers": 4}), tmp_path_factory.mktemp("alone"))
+    return train(Short(arguments={"layers": 4}), tmp_path_factory.mktemp("alone"))
 
 
 def test_equals_one_process(ranks: Any, alone: Outcome, tmp_path: Path) -> None:

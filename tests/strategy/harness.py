@@ -115,10 +115,17 @@ class Fit:
     module: Callable[..., pl.LightningModule] = LitGPT
     arguments: dict[str, Any] = field(default_factory=dict)
     rows: int = ROWS
-    epochs: int = 1
+    epochs: int = 2
     resume: Any = None
     look: Callable[[pl.Trainer], Any] | None = None
     before: Callable[[pl.Trainer, pl.LightningModule], Any] | None = None
+
+
+@dataclass
+class Short(Fit):
+    """A fit of one epoch, where nothing asks for two."""
+
+    epochs: int = 1
 
 
 @dataclass
