@@ -205,7 +205,8 @@ class Transport:
             line, packed = self._lines[source], posted.frame
             if posted.work is not None:
                 posted.work.wait()
-            length, header = _START.unpack_from(packed.numpy())
+            content: Any = packed.numpy()
+            length, header = _START.unpack_from(content)
             if length > packed.numel():
                 whole = torch.empty(length, dtype=torch.uint8)
                 whole[: packed.numel()] = packed
