@@ -274,7 +274,7 @@ class Transport:
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value, group=self._headers)
+        dist.all_gather_object(found, value, group=self._frames)
         return found
 
 
