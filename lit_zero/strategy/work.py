@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lit_zero.pipeline.micro_batches import MicroBatches, together
+from lit_zero.pipeline.micro_batches import MicroBatches, mean, together
 from lit_zero.strategy.logged import Logged, Told, to_device
 from lit_zero.strategy.measured import Metrics
 from lit_zero.zero.engine import Engine
@@ -84,7 +84,7 @@ class Work:
 
     def loss(self, micro_batch: int, result: Any) -> torch.Tensor | None:
         """Return a micro-batch's share of the loss, scaled as the precision wants it."""
-        loss = result.get("loss") if isinstance(result, Mapping) else result
+        loss = _loss(result)
         if loss is None:
             return None
         part = loss * (self._micro.weights[micro_batch] / self._accumulate)
@@ -116,10 +116,13 @@ class Work:
         now = _generators(self._device)
         return {name: state for name, state in now.items() if state != self._fresh.get(name)}
 
-    def set_random_state(self, state: Any) -> None:
-        """Go on from the state that has come with an activation."""
+    def set_random_state(self, micro_batch: int, state: Any) -> None:
+        """Go on from the state that has come with an activation: now, or in the backward, where a checkpoint recomputes
+        what came after it and other micro-batches have drawn since.
+        """
         if state:  # else nothing has been drawn before, here neither
-            _set_generators(self._fresh | state, self._device)
+            seed_everything(seed_of(self._seed, micro_batch))
+            _set_generators(state, self._device)
 
     def told(self, results: dict[int, Any]) -> tuple[Any, Told, dict[str, int]]:
         """Return what the step has returned, what it has logged, and which metrics it has updated, as if it had run
@@ -130,8 +133,22 @@ class Work:
         """
         weights = self._micro.weights
         there = [number for number in sorted(results) if results[number] is not None]
-        whole = together([results[n] for n in there], [weights[n] for n in there]) if there else None
+        join = _joined if self._training else together
+        whole = join([results[n] for n in there], [weights[n] for n in there]) if there else None
         return to_device(whole, torch.device("cpu")), self._logged.told(weights), self._metrics.updated()
+
+
+def _loss(result: Any) -> Any:
+    return result.get("loss") if isinstance(result, Mapping) else result
+
+
+def _joined(results: list[Any], weights: list[float]) -> Any:
+    """Put together what ``training_step`` has returned: a loss of shape ``[1]`` is one number, and not a row."""
+    whole, losses = together(results, weights), [_loss(result) for result in results]
+    if not all(isinstance(loss, torch.Tensor) and loss.numel() == 1 and loss.dim() for loss in losses):
+        return whole
+    loss = mean([loss.reshape(()) for loss in losses], weights).reshape(losses[0].shape)
+    return {**whole, "loss": loss} if isinstance(whole, Mapping) else loss
 
 
 def _generators(device: torch.device) -> dict[str, Any]:
@@ -147,8 +164,10 @@ def _generators(device: torch.device) -> dict[str, Any]:
 
 
 def _set_generators(found: dict[str, Any], device: torch.device) -> None:
-    torch.set_rng_state(torch.frombuffer(bytearray(found["torch"]), dtype=torch.uint8))
-    random.setstate(found["random"])
+    if "torch" in found:
+        torch.set_rng_state(torch.frombuffer(bytearray(found["torch"]), dtype=torch.uint8))
+    if "random" in found:
+        random.setstate(found["random"])
     if "cuda" in found:
         torch.cuda.set_rng_state(torch.frombuffer(bytearray(found["cuda"]), dtype=torch.uint8), device)
     if "numpy" in found:
