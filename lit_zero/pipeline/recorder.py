@@ -154,7 +154,7 @@ class Recorder(Dry):
         if tensor.device.type == "meta":  # a value nobody has yet
             copy = torch.zeros(tensor.shape, dtype=tensor.dtype, device=self.device)
         else:
-            copy = tensor.detach().clone()
+            copy = tensor.detach().to(self.device, copy=True)
         name = self.buffer_names.get(id(tensor), [None])[0]
         if name is not None and copy.numel():
             self._buffer_of[storage_key(copy)] = name
