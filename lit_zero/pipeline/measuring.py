@@ -46,7 +46,7 @@ def measure(
     if without is not None:
         raise UnsupportedError(
             f"pipeline.balance='time' runs the whole module on rank 0, but {without!r} has no values there: it is on "
-            f"the meta device or on other ranks. {_ADVICE}"
+            f"the meta device, on other ranks, or read from a file later. {_ADVICE}"
         )
     watch = _Watch(device, len(blocks))
     runs = []

@@ -203,7 +203,7 @@ def test_where_it_cannot_be_measured(ranks: Any, tmp_path: Path) -> None:
             (
                 "UnsupportedError",
                 "pipeline.balance='time' runs the whole module on rank 0, but 'model.embedding.weight' has no values "
-                f"there: it is on the meta device or on other ranks. {advice}",
+                f"there: it is on the meta device, on other ranks, or read from a file later. {advice}",
             ),
             (
                 "UnsupportedError",

@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
+from tests.pipeline.test_refusals import refusals
 from tests.pipeline.test_training import SCHEDULES, equal, piped
 from tests.strategy.harness import VOCAB, Fit, LitGPT, train, train_all
 from tests.zero.harness import GPT
@@ -88,3 +89,18 @@ def test_only_a_stages_own_parameters_get_memory(ranks: Any, tmp_path: Path) -> 
             assert used == pytest.approx(here, rel=0.05) and here < 0.6 * whole
     for each in found[0]:
         equal(each, alone)
+
+
+def test_pretrained_weights(ranks: Any, tmp_path: Path) -> None:
+    """Each rank reads those of its stage; there are none to measure a time with."""
+    pytest.importorskip("safetensors", reason="pip install lit-zero[models]")
+    from tests.models.test_pretrained import Loaded, weights_to_load, write
+
+    given: dict[str, Any] = {"module": Loaded, "arguments": {"path": write(tmp_path / "saved", weights_to_load())}}
+    alone = train(Fit(epochs=1, **given), tmp_path / "alone")
+    fits = [replace(piped(stage), epochs=1, **given) for stage in ("none", "stage3")]
+    for each in ranks(2).run(train_all, fits, tmp_path, timeout=120)[0]:
+        equal(each, alone)
+    refused = ranks(2).run(refusals, [replace(piped(balance="time"), **given)], tmp_path / "time")
+    for [(_, words)] in refused:
+        assert "has no values there: it is on the meta device, on other ranks, or read from a file later." in words
