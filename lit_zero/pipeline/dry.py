@@ -39,7 +39,7 @@ class Dry(TorchDispatchMode):
     """While active, operators on parameters and on what depends on them compute shapes only.
 
     Args:
-        device: where tensors that stand on the meta device are said to be.
+        device: where parameters, and tensors that stand on the meta device, are said to be.
         unknown: tells further tensors whose values are not there.
     """
 
@@ -57,7 +57,9 @@ class Dry(TorchDispatchMode):
             return tensor
         if id(tensor) in self._originals:
             return self._originals[id(tensor)][1]
-        device = self.device if tensor.device.type == "meta" else tensor.device
+        return self._fake_on(tensor, self.device if tensor.device.type == "meta" else tensor.device)
+
+    def _fake_on(self, tensor: torch.Tensor, device: torch.device) -> FakeTensor:
         with torch.no_grad():
             meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
             return FakeTensor(self.fakes, meta, device)
@@ -65,7 +67,7 @@ class Dry(TorchDispatchMode):
     def replace(self, param: torch.nn.Parameter) -> torch.nn.Parameter:
         """Return a parameter without memory; ``param`` itself, where code has kept it, is treated as the same."""
         if id(param) not in self._originals:
-            other: Any = torch.nn.Parameter(self.fake(param.data), requires_grad=param.requires_grad)
+            other: Any = torch.nn.Parameter(self._fake_on(param.data, self.device), requires_grad=param.requires_grad)
             self._originals[id(param)] = param, other
         other = self._originals[id(param)][1]
         return other

@@ -13,6 +13,7 @@ from torch import nn
 from lit_zero.core.randomness import random_states, set_random_states
 
 _OF_MODULES = set(vars(nn.Module()))  # parameters, buffers, hooks: not what a forward changes
+_LOGS = ("log", "log_dict")  # of a LightningModule: they write to the trainer's tables
 
 
 @contextmanager
@@ -38,10 +39,8 @@ def isolated(
     others: dict[int, torch.Tensor] = {}
 
     def other(tensor: torch.Tensor) -> torch.Tensor:
-        if isinstance(tensor, nn.Parameter):
-            return parameter(tensor)
         if id(tensor) not in others:
-            others[id(tensor)] = buffer(tensor)
+            others[id(tensor)] = parameter(tensor) if isinstance(tensor, nn.Parameter) else buffer(tensor)
         return others[id(tensor)]
 
     try:
@@ -63,6 +62,19 @@ def isolated(
                 now.clear()
                 now.update(then)
         set_random_states(states)
+
+
+def take_logs(root: nn.Module, log: Callable[..., None], log_dict: Callable[..., None]) -> None:
+    """Let others stand in for ``self.log`` and ``self.log_dict``; inside of :func:`isolated`, which undoes it.
+
+    Args:
+        root: the module whose code is going to run.
+        log: stands in for the one.
+        log_dict: stands in for the other.
+    """
+    for module in root.modules():
+        if all(callable(getattr(module, name, None)) for name in _LOGS):
+            vars(module)["log"], vars(module)["log_dict"] = log, log_dict
 
 
 def _all_modules(root: nn.Module) -> Iterator[nn.Module]:

@@ -116,9 +116,9 @@ def _part(value: Any, first: int, end: int, rows: int) -> Any:
 def together(results: Sequence[Any], weights: Sequence[float]) -> Any:
     """Put together what the user's step has returned for every micro-batch, as if it had run once.
 
-    Floats and tensors without a dimension become their mean, weighted by rows; other tensors are joined along the first
-    dimension; tuples, mappings and lists with tensors are put together entry by entry, as batches are cut; other lists
-    are joined. Of anything else, integers among it, the last one stays.
+    Floats, integers that differ and tensors without a dimension become their mean, weighted by rows; other tensors are
+    joined along the first dimension; tuples, mappings and lists with tensors are put together entry by entry, as
+    batches are cut; other lists are joined. Of anything else, equal integers among it, the last one stays.
 
     Args:
         results: one for each micro-batch.
@@ -129,7 +129,8 @@ def together(results: Sequence[Any], weights: Sequence[float]) -> Any:
         if first.dim():
             return torch.cat([result.detach() for result in results])
         return mean(results, weights)
-    if isinstance(first, float):
+    whole = all(isinstance(result, int) and not isinstance(result, bool) for result in results)
+    if isinstance(first, float) or (whole and any(result != first for result in results)):
         return sum(weight * result for weight, result in zip(weights, results, strict=True))
     if isinstance(first, Mapping):
         found = {key: together([result[key] for result in results], weights) for key in first}

@@ -11,7 +11,7 @@ from lit_zero.core.errors import ConfigError, check_choice
 
 # By schedule: how many stages a rank has. ``interleaved`` takes any number from 2.
 STAGES_PER_RANK = {"none": 1, "gpipe": 1, "1f1b": 1, "interleaved": 2, "zero_bubble": 1, "zbv": 2}
-BALANCES = ("parameters", "activations", "flops")
+BALANCES = ("parameters", "activations", "flops", "time")
 
 Split = Callable[[Any, int], Sequence[Any]]
 
@@ -32,7 +32,8 @@ class Pipeline:
         boundaries: the numbers of the blocks that begin a stage, for every stage but the first. Default: as ``balance``
             says.
         balance: what is evened out over the stages: ``parameters``, ``activations`` (bytes kept for the backward),
-            ``flops``, or a cost for each block, such as measured seconds.
+            ``flops``, ``time`` (rank 0 runs the step a few times before the run, on the whole module and one
+            micro-batch), or a cost for each block.
         split: ``(batch, count) -> micro-batches``, where the batch is not to be cut along the first dimension of its
             tensors.
 

@@ -23,10 +23,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from lit_zero.core.errors import UnsupportedError
 from lit_zero.pipeline.dry import SHAPE_ONLY, Dry, storage_key, written_inputs
 from lit_zero.pipeline.facts import Skip
-from lit_zero.pipeline.isolation import isolated
+from lit_zero.pipeline.isolation import isolated, take_logs
 from lit_zero.pipeline.leaves import call_leaves, leaves, map_leaves
-
-_SILENT = ("log", "log_dict")  # of a LightningModule: they write to the trainer's tables
 
 
 class SeenSlot:
@@ -125,10 +123,7 @@ class Recorder(Dry):
                 for name in self.names:
                     block = self.root.get_submodule(name)
                     vars(block)["forward"] = self._entry(self._block_of[id(block)], block.forward)
-                for module in self.root.modules():
-                    if all(callable(getattr(module, name, None)) for name in _SILENT):
-                        vars(module)["log"] = self._log
-                        vars(module)["log_dict"] = self._log_all
+                take_logs(self.root, self._log, self._log_all)
                 with self:
                     result = call()
         finally:
@@ -159,7 +154,7 @@ class Recorder(Dry):
         if tensor.device.type == "meta":  # a value nobody has yet
             copy = torch.zeros(tensor.shape, dtype=tensor.dtype, device=self.device)
         else:
-            copy = tensor.detach().clone()
+            copy = tensor.detach().to(self.device, copy=True)
         name = self.buffer_names.get(id(tensor), [None])[0]
         if name is not None and copy.numel():
             self._buffer_of[storage_key(copy)] = name

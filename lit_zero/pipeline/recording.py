@@ -28,7 +28,7 @@ def record(
         root: the module that owns all parameters.
         call: runs the user's step on one micro-batch, for example ``lambda: module.training_step(batch, 0)``.
         blocks: where to cut, see :func:`~lit_zero.pipeline.blocks.block_lists`.
-        device: where parameters on the meta device will be; the CPU by default.
+        device: where the step will run, to which parameters and buffers will have moved; the CPU by default.
 
     Raises:
         ConfigError: if ``blocks`` names no list.

@@ -63,8 +63,8 @@ class Work(Protocol):
     def random_state(self) -> Any:
         """Return the state of the random generators, to travel with an activation."""
 
-    def set_random_state(self, state: Any) -> None:
-        """Go on from a state that has come with an activation."""
+    def set_random_state(self, micro_batch: int, state: Any) -> None:
+        """Go on from a state that has come with an activation of a micro-batch."""
 
 
 @dataclass
@@ -162,7 +162,7 @@ class Runner:
         received = [t.detach().requires_grad_(t.requires_grad and training) for t in came.tensors]
 
         def enter() -> None:
-            work.set_random_state(came.note)
+            work.set_random_state(action.micro_batch, came.note)
 
         ended = self._split.run(
             action.stage, lambda: work.forward(action.stage, action.micro_batch), received, enter if received else None

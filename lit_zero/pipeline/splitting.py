@@ -94,7 +94,7 @@ class Split:
         recording: what its dry run has shown.
         plan: the stages.
         local: numbers of the stages that this process runs.
-        device: where parameters on the meta device will be, and the stand-ins for them.
+        device: where the parameters will be, and the stand-ins for those of other stages.
 
     Attributes:
         absent: the parameters of other stages, by name; they have shape, dtype and device, and no memory.
@@ -136,7 +136,7 @@ class Split:
                 on_meta.add(param)
             else:
                 param.grad = None
-                param.data = self.stand_ins.make(param.shape, param.dtype, param.device)
+                param.data = self.stand_ins.make(param.shape, param.dtype, self.device)  # moved, it would take memory
         exchange(
             self.model,
             on_meta,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -9,11 +10,13 @@ from lit_zero.comm.world import World
 from lit_zero.core.errors import LitZeroError, UnsupportedError
 from lit_zero.pipeline.balance import balance
 from lit_zero.pipeline.facts import Recording
+from lit_zero.pipeline.measuring import measure
 from lit_zero.pipeline.micro_batches import cut
 from lit_zero.pipeline.plan import SplitPlan, plan_split
 from lit_zero.pipeline.policy import Pipeline
 from lit_zero.pipeline.recording import record
 from lit_zero.pipeline.schedules import build
+from lit_zero.strategy.flavour import TrainerFn
 from lit_zero.strategy.measured import keep_apart
 from lit_zero.strategy.one_piece import OnePiece
 from lit_zero.strategy.sample import sample_step
@@ -60,7 +63,7 @@ class Dividing(OnePiece):
                 recording = record(module, call, policy.blocks, self._strategy.root_device)
                 boundaries = policy.boundaries if boundaries is None else boundaries
                 if boundaries is None:
-                    boundaries = balance(recording, policy.stages, policy.balance)
+                    boundaries = balance(recording, policy.stages, self._costs(recording, call, trainer))
                 found = recording, plan_split(recording, boundaries)
             except LitZeroError as error:
                 found = error
@@ -78,6 +81,14 @@ class Dividing(OnePiece):
         self._recording, self._plan = found
         self._written |= {facts.name for facts in self._recording.buffers if facts.written}
         self._placement = build(policy.schedule, policy.stages, policy.pieces, ranks=policy.ranks).placement
+
+    def _costs(self, recording: Recording, call: Callable[[], Any], trainer: Any) -> str | Sequence[float]:
+        """Return what is evened out; measured here if it is to be."""
+        policy, module = self.policy, self._module
+        if policy.balance != "time":
+            return policy.balance
+        blocks, fitting = [block.name for block in recording.blocks], trainer.state.fn == TrainerFn.FITTING
+        return measure(module, blocks, call, self._strategy.root_device, fitting)
 
     def _divide_again(self, trainer: Any) -> None:
         """Find out what the training step does with a module that was divided by what another step does."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from lit_zero.core.errors import UnsupportedError
 from lit_zero.zero.engine import Engine
 from lit_zero.zero.policy import Zero
 
@@ -28,6 +29,27 @@ class OnePiece:
     def zero(self, zero: Zero) -> Zero:
         """Return the ZeRO stage as it is to be used."""
         return zero
+
+    def has(self, module: Any) -> bool:
+        """Return whether ``module`` is the one that was divided here."""
+        return False
+
+    def accept(self, module: Any, previous: Engine | None) -> None:
+        """Refuse a module of which this rank holds a part only, unless it was divided here.
+
+        Args:
+            module: that is about to run.
+            previous: the engine that manages it so far.
+
+        Raises:
+            UnsupportedError: saying what to go on with.
+        """
+        if previous is not None and previous.absent and not self.has(module):
+            raise UnsupportedError(
+                f"This rank holds a part of {type(module).__name__} only: another Trainer has divided it into pipeline "
+                "stages, or this one before it ran another module. Go on with the Trainer that has divided it (fit, "
+                "validate, test, predict) and give each module one of its own, or start from a checkpoint."
+            )
 
     def plan(self, trainer: Any) -> dict[str, Any]:
         """Divide the module; return what the engine must know of it. All ranks together."""

@@ -13,6 +13,7 @@ from lit_zero.pipeline.policy import Pipeline
 from lit_zero.strategy.one_piece import OnePiece
 from lit_zero.strategy.stages import Stages
 from lit_zero.strategy.talking import Talking
+from lit_zero.zero.policy import Placement
 
 
 class Piping(Talking):
@@ -49,6 +50,13 @@ class Piping(Talking):
     def data_parallel_size(self) -> int:
         """Ranks over which batches are divided."""
         return self.grid.data
+
+    def builds_on_meta(self, empty_init: bool | None) -> bool:
+        """Return whether modules are built on the meta device: in ``stage3``, where no rank ever holds the full model,
+        whether it is divided over data-parallel ranks or stages.
+        """
+        ranks = self.data_parallel_size * self.pipeline.ranks
+        return self.zero.row.over(ranks).parameter is Placement.SHARD and empty_init is not False
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:

@@ -174,8 +174,8 @@ class Weights:
     def _read(self, engine: Engine) -> None:
         stored = {info.name: self._parameters.get(info.param) for lane in engine.lanes for info in lane.infos}
         for piece in engine.parameter_pieces(to_load=True):
-            name = stored[piece.name]
-            if name is not None:
+            name = stored.get(piece.name)
+            if name is not None:  # else it keeps its value, or another stage of a pipeline holds it
                 values = piece.read()
                 self._source.read(name, piece.start, values)
                 if not piece.live:

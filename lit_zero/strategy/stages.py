@@ -130,22 +130,21 @@ class Stages(Dividing):
 
     # ---- setup
 
+    def has(self, module: Any) -> bool:
+        """Return whether ``module`` is the one that was divided here."""
+        return self._split is not None and self._split.model is module
+
     def plan(self, trainer: Any) -> dict[str, Any]:
         """Divide the module; return what the engine must know of it. All ranks together."""
         strategy, module = self._strategy, self._module
         fitting = trainer.state.fn == TrainerFn.FITTING
-        previous = Engine.of(module)
-        if previous is not None and previous.absent and (self._split is None or self._split.model is not module):
-            raise UnsupportedError(
-                f"This rank holds a part of {type(module).__name__} only: another Trainer has divided it into pipeline "
-                "stages. Go on with that Trainer (fit, validate, test, predict), or start from a checkpoint."
-            )
         if fitting:
             refuse_what_runs_once(module)
-        if self._split is None or self._split.model is not module:
+        if not self.has(module):
             self._divide(trainer, None)
             self._trained = fitting
         else:
+            assert self._split is not None
             self._split.remove()
             if fitting and not self._trained:
                 self._divide_again(trainer)

@@ -204,6 +204,7 @@ class ZeroStrategy(BecomesFabric, Loading, Piping):
         module = self.lightning_module
         assert module is not None
         previous = Engine.of(module)
+        self.stages.accept(module, previous)
         if previous is not None:
             previous.detach()
         self.activations.remove()

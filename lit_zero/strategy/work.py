@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lit_zero.core.randomness import random_states, seed_everything, set_random_states
-from lit_zero.pipeline.micro_batches import MicroBatches, together
+from lit_zero.pipeline.micro_batches import MicroBatches, mean, together
 from lit_zero.strategy.logged import Logged, Told, to_device
 from lit_zero.strategy.measured import Metrics
 from lit_zero.zero.engine import Engine
@@ -65,7 +65,7 @@ class Work:
         """Run the user's step on a micro-batch, as stage ``number``."""
         self._engine.begin_forward(share_buffers=False)
         seed_everything(seed_of(self._seed, micro_batch))
-        self._fresh = random_states()
+        self._fresh = {} if number == self._last else random_states()  # the last stage tells nobody
         module: Any = self._module
         part = self._micro.parts[micro_batch]
         if number == self._last:
@@ -77,7 +77,7 @@ class Work:
 
     def loss(self, micro_batch: int, result: Any) -> torch.Tensor | None:
         """Return a micro-batch's share of the loss, scaled as the precision wants it."""
-        loss = result.get("loss") if isinstance(result, Mapping) else result
+        loss = _loss(result)
         if loss is None:
             return None
         part = loss * (self._micro.weights[micro_batch] / self._accumulate)
@@ -108,10 +108,13 @@ class Work:
         """Return the states of the random generators that have moved since the micro-batch was seeded."""
         return {name: state for name, state in random_states().items() if state != self._fresh.get(name)}
 
-    def set_random_state(self, state: Any) -> None:
-        """Go on from the state that has come with an activation."""
+    def set_random_state(self, micro_batch: int, state: Any) -> None:
+        """Go on from the state that has come with an activation: now, or in the backward, where a checkpoint recomputes
+        what came after it and other micro-batches have drawn since.
+        """
         if state:  # else nothing has been drawn before, here neither
-            set_random_states(self._fresh | state)
+            seed_everything(seed_of(self._seed, micro_batch))
+            set_random_states(state)
 
     def told(self, results: dict[int, Any]) -> tuple[Any, Told, dict[str, int]]:
         """Return what the step has returned, what it has logged, and which metrics it has updated, as if it had run
@@ -122,8 +125,22 @@ class Work:
         """
         weights = self._micro.weights
         there = [number for number in sorted(results) if results[number] is not None]
-        whole = together([results[n] for n in there], [weights[n] for n in there]) if there else None
+        join = _joined if self._training else together
+        whole = join([results[n] for n in there], [weights[n] for n in there]) if there else None
         return to_device(whole, torch.device("cpu")), self._logged.told(weights), self._metrics.updated()
+
+
+def _loss(result: Any) -> Any:
+    return result.get("loss") if isinstance(result, Mapping) else result
+
+
+def _joined(results: list[Any], weights: list[float]) -> Any:
+    """Put together what ``training_step`` has returned: a loss of shape ``[1]`` is one number, and not a row."""
+    whole, losses = together(results, weights), [_loss(result) for result in results]
+    if not all(isinstance(loss, torch.Tensor) and loss.numel() == 1 and loss.dim() for loss in losses):
+        return whole
+    loss = mean([loss.reshape(()) for loss in losses], weights).reshape(losses[0].shape)
+    return {**whole, "loss": loss} if isinstance(whole, Mapping) else loss
 
 
 def seed_of(seed: int, micro_batch: int) -> int:

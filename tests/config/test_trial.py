@@ -108,7 +108,7 @@ STAGE3 = ("trainer.devices=1", "zero=stage3")
         (["pipeline=1f1b", "pipeline.balance=flop"], "pipeline.balance='flop' is not known. Did you mean 'flops'?"),
         (
             ["pipeline=1f1b", "pipeline.balance=3"],
-            "pipeline.balance=3 is not valid: expected one of parameters, activations, flops, or a number for each",
+            "pipeline.balance=3 is not valid: expected one of parameters, activations, flops, time, or a number for",
         ),
         (["pipeline=1f1b", "pipeline.blocks=7"], "pipeline.blocks=7 is not valid: expected 'auto', the path of a list"),
         (["pipeline=1f1b", "pipeline.split=rows"], "pipeline.split='rows' is not valid: expected a function (batch, "),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,3 +47,35 @@ def test_equals_one_process(ranks: Ranks, tmp_path: Path, name: str) -> None:
         assert torch.equal(outcome.weights["model.transformer.wte.weight"], outcome.weights["model.lm_head.weight"]), (
             "tied over the stages"
         )
+
+
+TRAINER = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.05}
+
+
+def deep(name: str) -> Any:
+    """Return a model with four blocks."""
+    model = MODELS[name]()
+    return type(model)(type(model.config)(**{**model.config.to_dict(), "num_hidden_layers": 4}))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_schedules_accumulation_and_clipping(ranks: Ranks, tmp_path: Path, name: str) -> None:
+    """Four batches make two steps; with two stages and with four."""
+    given = {"arguments": {"build": partial(deep, name), "loss": on_tokens}, "rows": 32}
+    alone = train(Fit(**defaults({**given, "trainer": TRAINER})), tmp_path / "alone")
+    plain = train(Fit(**defaults({**given, "trainer": {"accumulate_grad_batches": 2}})), tmp_path / "plain")
+    assert distance(alone.weights, plain.weights) > 1e-4, "clipping must matter"
+
+    def fit(stage: str, devices: int, schedule: str, stages: int) -> Fit:
+        pipeline = Pipeline(schedule, stages=stages, micro_batches=4)
+        return Fit({"zero": stage, "pipeline": pipeline}, devices, **defaults({**given, "trainer": TRAINER}))
+
+    two = [fit("stage2", 2, "gpipe", 2), fit("stage1", 2, "interleaved", 4), fit("stage3", 2, "zbv", 4)]
+    four = [fit("none", 4, "1f1b", 4), fit("stage2", 4, "zero_bubble", 4)]
+    found = ranks(2).run(train_all, two, tmp_path / "two", timeout=120)[0]
+    found += ranks(4).run(train_all, four, tmp_path / "four", timeout=120)[0]
+    for each in found:
+        assert each.steps == alone.steps == 2
+        assert distance(each.weights, alone.weights) < 1e-6
+        for column in ("train_loss", "val_loss"):
+            assert each.column(column) == pytest.approx(alone.column(column), rel=1e-6)

@@ -186,6 +186,26 @@ def test_all_stages_skip_together(ranks: Any, tmp_path: Path, where: str) -> Non
     assert all(value.isfinite().all() for value in found[0][3].weights.values())
 
 
+def test_all_stages_skip_together_under_every_schedule(ranks: Any, tmp_path: Path) -> None:
+    """What overflows is on the first stage, on the last one, or between."""
+    places = ["model.blocks.0.up.weight", "model.blocks.1.up.weight", "model.blocks.3.up.weight", "model.norm.weight"]
+    given = {"where": places[0], "overflows": (0, 3, 4), **ADAMW}
+    plain = Fit({"zero": "none"}, 1, half(), Overflowing, given, look=scales)
+    [alone] = ranks(1).run(train, replace(plain, epochs=1), tmp_path / "alone")
+    names = ("gpipe", "interleaved", "zero_bubble", "zbv")
+    fits = [
+        replace(piped("stage2", **SCHEDULES[name]), module=Overflowing, trainer=half(), look=scales) for name in names
+    ]
+    fits = [replace(fit, arguments={**given, "where": place}) for fit, place in zip(fits, places, strict=True)]
+    found = ranks(2).run(train_all, fits, tmp_path, timeout=120)
+    assert len({scale for scale, _ in alone.notes}) > 2, "steps must be skipped"
+    for outcomes in found:
+        assert [each.notes for each in outcomes] == [alone.notes] * len(names)
+    for each in found[0]:
+        assert distance(each.weights, alone.weights) < 2e-3
+        assert each.column("train_loss_step") == pytest.approx(alone.column("train_loss_step"), rel=4e-3)
+
+
 # ---- randomness and batch statistics
 
 

@@ -8,15 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torchmetrics.classification import MulticlassAccuracy
 
 from lit_zero import ZeroStrategy
 from lit_zero.pipeline.micro_batches import together
-from tests.pipeline.reference import Random
+from tests.pipeline.reference import DropBlock, Random
 from tests.pipeline.test_training import SCHEDULES, equal, piped
 from tests.pool import RankFailure
 from tests.strategy.harness import STAGES, VOCAB, Fit, LitGPT, Short, distance, loaders, make_trainer, train, train_all
@@ -206,6 +208,73 @@ def test_results_that_are_lists_are_put_together_as_batches_are_cut() -> None:
     first, second = together(parts, [2 / 3, 1 / 3])
     assert first.shape == (3, 3) and second.shape == (3,)
     assert together([["a", "b"], ["c"]], [2 / 3, 1 / 3]) == ["a", "b", "c"]
+
+
+class Recomputing(GPT):
+    """The first block draws with Python's generator; the third, whose dropout draws with torch's, is recomputed."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens)
+        x = self.blocks[0](x) * (1 + (random.random() if self.training else 0))
+        for block in self.blocks[1:]:
+            x = checkpoint(block, x, use_reentrant=False)
+        return self.head(self.norm(x))
+
+
+class Recomputed(Random):
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(dropout=False, **arguments)
+        torch.manual_seed(1)
+        self.model = Recomputing(VOCAB, layers=4)
+        self.model.blocks[2] = DropBlock(12)
+
+
+def test_a_stage_that_is_recomputed_after_other_micro_batches(ranks: Any, tmp_path: Path) -> None:
+    """Of what came with the activation, only Python's generator had moved; torch's goes on from its own seed."""
+    alone = train(Short(module=Recomputed, arguments={"pieces": True}), tmp_path / "alone")
+    fits = [replace(piped("none", **SCHEDULES[name]), module=Recomputed) for name in ("gpipe", "zero_bubble")]
+    for each in ranks(2).run(train_all, fits, tmp_path, timeout=120)[0]:
+        equal(each, alone)
+
+
+class OneElement(LitGPT):
+    """Its loss has a dimension, as that of ``loss.mean(keepdim=True)``; what it returns beside it are numbers."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.notes: list[Any] = []
+
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx).reshape(1)
+        return loss if batch_idx % 2 else {"loss": loss, "index": batch_idx, "rows": len(batch[0])}
+
+    def on_train_batch_end(self, outputs: Any, *_: Any) -> None:
+        assert outputs["loss"].shape == (1,)
+        self.notes.append([float(outputs["loss"]), outputs.get("index")])
+
+
+def noted(trainer: pl.Trainer) -> Any:
+    return trainer.lightning_module.notes
+
+
+def test_a_loss_of_shape_1(ranks: Any, tmp_path: Path) -> None:
+    alone = train(Short(module=OneElement, arguments={"layers": 4}, look=noted), tmp_path / "alone")
+    fits = [replace(piped("stage2", **SCHEDULES[n]), module=OneElement, look=noted) for n in ("1f1b", "zero_bubble")]
+    found = ranks(2).run(train_all, fits, tmp_path, timeout=120)
+    for outcomes in found:
+        for each in outcomes:
+            assert [index for _, index in each.notes] == [index for _, index in alone.notes]
+            assert [loss for loss, _ in each.notes] == pytest.approx([loss for loss, _ in alone.notes], rel=1e-5)
+    for each in found[0]:
+        equal(each, alone)
+
+
+def test_numbers_that_a_step_returns_are_means() -> None:
+    """One that is the same for every micro-batch stays what it is."""
+    weights = [0.5, 0.25, 0.25]
+    parts = [{"index": 3, "right": right, "fit": True, "share": right / 8} for right in (2, 4, 8)]
+    assert together(parts, weights) == {"index": 3, "right": 4.0, "fit": True, "share": 0.5}
+    assert type(together(parts, weights)["index"]) is int
 
 
 # ---- what is saved

@@ -340,3 +340,17 @@ def test_a_copy_can_be_recorded_too():
     torch.manual_seed(0)
     model = models.Conditioned()
     assert recorded(model) == recorded(copy.deepcopy(model))
+
+
+def test_a_module_that_has_yet_to_move_to_its_device():
+    """Lightning moves the batch first: parameters and buffers are taken to be there already."""
+    model, seen = Deep(), []
+    model.register_buffer("scale", torch.ones(()))
+
+    def call():
+        seen.extend((model.position.device, model.scale.device))
+
+    with pytest.raises(UnsupportedError, match="did not run"):
+        record(model, call, device=torch.device("meta"))
+    assert {device.type for device in seen} == {"meta"}
+    assert model.position.device.type == model.scale.device.type == "cpu"

@@ -327,3 +327,29 @@ def test_the_module_is_called_outside_of_a_step(ranks: Any, tmp_path: Path) -> N
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
         assert words.startswith("Called is in several pieces (pipeline.stages) and was called with gradients outside")
         assert untouched, "the user's random state"
+
+
+def in_turn(folder: Path) -> list[str]:
+    """Return what is said when a divided module comes back: to other Trainers, and to its own after another module."""
+    fit, found = piped(layers=3), []
+    one, other = LitGPT(layers=3), LitGPT(layers=3)
+    fits = [fit, fit, Fit({}, 2)]
+    trainers = [make_trainer(each, folder / str(number)) for number, each in enumerate(fits)]
+    order = [(0, one), (1, one), (2, one), (0, one), (0, other), (0, one)]
+    for number, module in order:
+        try:
+            trainers[number].validate(module, loaders(fit)[1], verbose=False)
+        except UnsupportedError as error:
+            found.append(str(error))
+        else:
+            found.append("")
+    return found
+
+
+def test_a_module_that_is_divided_already(ranks: Any, tmp_path: Path) -> None:
+    refused = (
+        "This rank holds a part of LitGPT only: another Trainer has divided it into pipeline stages, or this one "
+        "before it ran another module. Go on with the Trainer that has divided it (fit, validate, test, predict) and "
+        "give each module one of its own, or start from a checkpoint."
+    )
+    assert ranks(2).run(in_turn, tmp_path) == [["", refused, refused, "", "", refused]] * 2
