@@ -377,6 +377,7 @@ def _clean() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     gc.collect()
+    gc.freeze()  # what a call has left stays: what it has imported, and what libraries remember
 
 
 def _failure(rank: int, error: BaseException) -> _Failure:

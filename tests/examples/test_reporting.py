@@ -10,6 +10,8 @@ import pytest
 import torch
 from reporting import FinalReport, Throughput, format_summary, summarize
 
+AWAY = {"host": 0, "file": 0}  # nothing has left the device
+
 
 class Clock:
     """Stands in for ``time.perf_counter``: seconds pass when the test says so."""
@@ -34,7 +36,14 @@ def make_engine() -> Any:
     return SimpleNamespace(
         exchange=SimpleNamespace(counters=SimpleNamespace(sent_bytes=0)),
         parameter_count=1000,
-        model_state_bytes=lambda: {"parameter": 4000, "master": 0, "gradient": 2000, "optimizer": 4000, "slots": 300},
+        model_state_bytes=lambda: {
+            "parameter": 4000,
+            "master": 0,
+            "gradient": 2000,
+            "optimizer": 4000,
+            "slots": 300,
+            **AWAY,
+        },
     )
 
 
@@ -118,6 +127,8 @@ def test_summary_with_an_engine() -> None:
         "parameters": 1000,
         "state_bytes_per_rank": 10_000,
         "buffer_bytes_per_rank": 300,
+        "host_bytes_per_rank": 0,
+        "file_bytes_per_rank": 0,
         "ddp_state_bytes": 16_000,  # parameter, gradient and two moments
     }
     assert "model state per rank  0.0 MB, 0.62 of the 0.0 MB of DDP" in format_summary(summary)
@@ -130,7 +141,7 @@ def test_state_is_measured_while_gradients_exist() -> None:
     trainer.is_global_zero = False
     for trainer.global_step in range(3):
         report.on_before_optimizer_step(trainer, None, None)  # type: ignore[arg-type]
-    trainer.strategy.engine.model_state_bytes = lambda: {"parameter": 4000, "slots": 0}
+    trainer.strategy.engine.model_state_bytes = lambda: {"parameter": 4000, "slots": 0, **AWAY}
     report.on_train_end(trainer, None)  # type: ignore[arg-type]
     assert report.summary["state_bytes_per_rank"] == 10_000
 

@@ -13,7 +13,7 @@ import torch
 
 from tests.pipeline.test_refusals import refusals
 from tests.pipeline.test_training import SCHEDULES, equal, piped
-from tests.strategy.harness import VOCAB, Fit, LitGPT, train, train_all
+from tests.strategy.harness import VOCAB, LitGPT, Short, train, train_all
 from tests.zero.harness import GPT
 
 LAYERS = 8
@@ -65,7 +65,7 @@ def looked(trainer: pl.Trainer) -> Any:
 
 def test_only_a_stages_own_parameters_get_memory(ranks: Any, tmp_path: Path) -> None:
     """On the meta device by stage3, or by the user's own wish."""
-    alone = train(Fit(module=Late, look=looked), tmp_path / "alone")
+    alone = train(Short(module=Late, look=looked), tmp_path / "alone")
     built, start = alone.notes
     assert built == "cpu"
     whole = 4 * sum(value.numel() for value in start.values())
@@ -97,7 +97,7 @@ def test_pretrained_weights(ranks: Any, tmp_path: Path) -> None:
     from tests.models.test_pretrained import Loaded, weights_to_load, write
 
     given: dict[str, Any] = {"module": Loaded, "arguments": {"path": write(tmp_path / "saved", weights_to_load())}}
-    alone = train(Fit(epochs=1, **given), tmp_path / "alone")
+    alone = train(Short(**given), tmp_path / "alone")
     fits = [replace(piped(stage), epochs=1, **given) for stage in ("none", "stage3")]
     for each in ranks(2).run(train_all, fits, tmp_path, timeout=120)[0]:
         equal(each, alone)

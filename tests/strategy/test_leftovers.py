@@ -35,6 +35,7 @@ def left(threads: int = 1 << 30) -> tuple[list[str], int, int, int]:
     Args:
         threads: as many as there should be; those above have a while to end.
     """
+    gc.unfreeze()  # what earlier calls have left is looked at too
     dist.barrier()  # gloo starts the threads of this call's own group when it is used
     patience = time.monotonic() + 10.0
     while len(ours()) > threads and time.monotonic() < patience:
