@@ -38,14 +38,19 @@ NOT_OURS = {
     "OMP_NUM_THREADS",
 }
 
-# Markers of what not every machine has, and the function that says why this one does not, "" if it does.
-NEEDS: dict[str, Callable[[], str]] = {
-    "gpu": lambda: "" if torch.cuda.is_available() else "no GPU visible",
-    "namespaces": lambda: hosts.obstacle(),
+# Markers of what not every run has, and the function that says why this one does not, "" if it does.
+NEEDS: dict[str, Callable[[pytest.Config], str]] = {
+    "gpu": lambda _: "" if torch.cuda.is_available() else "no GPU visible",
+    "namespaces": lambda _: hosts.obstacle(),
+    "thorough": lambda config: "" if config.getoption("--thorough") else "ask for them with --thorough",
 }
 ITEMS = pytest.StashKey[dict[str, set[str]]]()
 RUN = pytest.StashKey[set[str]]()
 OBSTACLES = pytest.StashKey[dict[str, str]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--thorough", action="store_true", help="run the tests that are marked thorough too")
 
 
 @pytest.fixture(scope="session")
@@ -108,7 +113,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     found = {name: [item for item in items if item.get_closest_marker(name)] for name in NEEDS}
     config.stash[ITEMS] = {name: {item.nodeid for item in marked} for name, marked in found.items()}
     config.stash[RUN] = set()
-    config.stash[OBSTACLES] = {name: NEEDS[name]() for name, marked in found.items() if marked}
+    config.stash[OBSTACLES] = {name: NEEDS[name](config) for name, marked in found.items() if marked}
     for name, reason in config.stash[OBSTACLES].items():
         if reason:
             for item in found[name]:

@@ -250,6 +250,7 @@ def _hang_in_a_collective() -> None:
         dist.barrier()
 
 
+@pytest.mark.thorough
 def test_a_rank_that_waits_for_one_that_returned_is_a_hang(ranks: Ranks) -> None:
     with pytest.raises(RankHang, match="no answer from rank 0 of 2") as caught:
         ranks(2).run(_hang_in_a_collective, timeout=3.0)
@@ -262,6 +263,7 @@ def _fail_while_another_hangs() -> None:
     _sleep_for_a_very_long_time()
 
 
+@pytest.mark.thorough
 def test_a_failure_beside_a_hang_does_not_wait_for_the_timeout(ranks: Ranks) -> None:
     start = time.monotonic()
     with pytest.raises(RankFailure, match="rank 0 gives up") as caught:
@@ -276,6 +278,7 @@ def _stopped() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
+@pytest.mark.thorough
 def test_a_stopped_rank_is_a_hang_too(ranks: Ranks) -> None:
     with pytest.raises(RankHang, match="does not react to signals"):
         ranks(1).run(_stopped, timeout=3.0)

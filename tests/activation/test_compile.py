@@ -50,6 +50,7 @@ def test_selective_refuses_what_it_cannot_look_into(way: str) -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.thorough
 def test_on_ranks(ranks: Any, tmp_path: Path) -> None:
     """One graph for a block, as without, and the same bits."""
 

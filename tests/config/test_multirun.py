@@ -74,6 +74,10 @@ def text_file(folder: Path) -> Path:
 SWEEPS: dict[str, Callable[[Path], Sweep]] = {
     "stages": lambda at: sweep(at, f"zero={','.join(STAGES)}", "trainer.devices=1,2", "lr=0.25"),
     "failures": lambda at: sweep(at, "failure=rank0_sleeps,none"),
+    "half_done": lambda at: sweep(at, *LIGHT[1:], script=APPS / "light.py"),
+}
+# With launchers and sweepers of others.
+OTHERS: dict[str, Callable[[Path], Sweep]] = {
     "joblib": lambda at: sweep(
         at, "failure=rank1_is_killed", "trainer.devices=1,2", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"
     ),
@@ -83,15 +87,23 @@ SWEEPS: dict[str, Callable[[Path], Sweep]] = {
         at, *SMALL, "hparams_search=optuna", "hydra.sweeper.n_trials=1", "model.dim=32", f"data.path={text_file(at)}",
         f"paths.cache_dir={at}/cache", script=EXAMPLES / "train.py",
     ),
-    "half_done": lambda at: sweep(at, *LIGHT[1:], script=APPS / "light.py"),
 }  # fmt: skip
+
+
+def all_of(sweeps: dict[str, Callable[[Path], Sweep]], folders: pytest.TempPathFactory) -> dict[str, Sweep]:
+    with ThreadPoolExecutor(2) as pool:
+        started = {name: pool.submit(start, folders.mktemp(name)) for name, start in sweeps.items()}
+        return {name: future.result() for name, future in started.items()}
 
 
 @pytest.fixture(scope="module")
 def sweeps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Sweep]:
-    with ThreadPoolExecutor(2) as pool:
-        started = {name: pool.submit(start, tmp_path_factory.mktemp(name)) for name, start in SWEEPS.items()}
-        return {name: future.result() for name, future in started.items()}
+    return all_of(SWEEPS, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Sweep]:
+    return all_of(OTHERS, tmp_path_factory)
 
 
 def test_sweep_of_stages_and_devices_ends_with_a_correct_row_for_every_job(sweeps: dict[str, Sweep]) -> None:
@@ -160,12 +172,15 @@ def test_failed_jobs_do_not_touch_the_others(sweeps: dict[str, Sweep]) -> None:
     assert [failures.result(number)["status"] for number in range(2)] == ["failed", "completed"]
 
 
-def test_job_whose_rank_dies_ends_within_30_seconds(sweeps: dict[str, Sweep]) -> None:
-    for name, failed in (("failures", (0,)), ("joblib", (1,))):
-        for number in failed:
-            failure = sweeps[name].result(number)["overrides"][0].removeprefix("failure=")
-            times = re.findall(rf"{failure} on 2 ranks: the time is (\d+\.\d+)", sweeps[name].done.output)
-            assert 0 < sweeps[name].ended(number) - float(max(times)) < 30
+def ends_soon(found: Sweep, number: int) -> None:
+    """Check that a job ends within 30 seconds once its rank has failed."""
+    failure = found.result(number)["overrides"][0].removeprefix("failure=")
+    times = re.findall(rf"{failure} on 2 ranks: the time is (\d+\.\d+)", found.done.output)
+    assert 0 < found.ended(number) - float(max(times)) < 30
+
+
+def test_job_whose_rank_fails_ends_within_30_seconds(sweeps: dict[str, Sweep]) -> None:
+    ends_soon(sweeps["failures"], 0)
 
 
 def test_failed_jobs_are_rows_of_the_table(sweeps: dict[str, Sweep]) -> None:
@@ -198,9 +213,10 @@ def test_failure_is_told_when_it_happens(sweeps: dict[str, Sweep]) -> None:
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("launcher", ["joblib", "submitit"])
-def test_jobs_in_worker_processes(sweeps: dict[str, Sweep], launcher: str) -> None:
-    at_once = sweeps[launcher]
+def test_jobs_in_worker_processes(others: dict[str, Sweep], launcher: str) -> None:
+    at_once = others[launcher]
     jobs = {"joblib": [1, None], "submitit": [1]}[launcher]  # ranks; the job that fails has none to show
     assert at_once.done.code == jobs.count(None), at_once.done.output
     for number, devices in enumerate(jobs):
@@ -211,22 +227,26 @@ def test_jobs_in_worker_processes(sweeps: dict[str, Sweep], launcher: str) -> No
         assert all(rank["config"]["number"] == number for rank in ranks)
         assert all(rank["config"] == ranks[0]["config"] for rank in ranks)
     assert at_once.table(len(jobs)).count("completed\n") == len(jobs) - jobs.count(None)
+    if None in jobs:
+        ends_soon(at_once, jobs.index(None))
 
 
-def test_ranks_of_an_unseeded_search_see_the_same_values(sweeps: dict[str, Sweep]) -> None:
-    assert sweeps["optuna"].done.code == 0, sweeps["optuna"].done.output
-    ranks, result = sweeps["optuna"].seen(0), sweeps["optuna"].result(0)
+@pytest.mark.thorough
+def test_ranks_of_an_unseeded_search_see_the_same_values(others: dict[str, Sweep]) -> None:
+    assert others["optuna"].done.code == 0, others["optuna"].done.output
+    ranks, result = others["optuna"].seen(0), others["optuna"].result(0)
     assert [rank["world_size"] for rank in ranks] == [2, 2]
     assert ranks[0]["lr"] == ranks[1]["lr"] == ranks[0]["config"]["lr"] == ranks[1]["config"]["lr"]
     assert f"lr={ranks[0]['lr']}" in result["overrides"]
     assert ranks[0]["loss"] == ranks[1]["loss"] == result["returned"]
     assert 0.01 < ranks[0]["lr"] < 0.2 and ranks[0]["lr"] != 0.1, "nothing was drawn"
-    best = (sweeps["optuna"].folder / "optimization_results.yaml").read_text()
+    best = (others["optuna"].folder / "optimization_results.yaml").read_text()
     assert f"best_value: {result['returned']}\n" in best
 
 
-def test_search_of_the_main_job_minimizes_its_validation_loss(sweeps: dict[str, Sweep]) -> None:
-    search = sweeps["search"]
+@pytest.mark.thorough
+def test_search_of_the_main_job_minimizes_its_validation_loss(others: dict[str, Sweep]) -> None:
+    search = others["search"]
     assert search.done.code == 0, search.done.output
     result = search.result(0)
     assert result["returned"] == result["val_loss"]

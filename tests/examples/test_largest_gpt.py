@@ -23,6 +23,7 @@ def test_the_largest_is_found(room: int, found: int) -> None:
     assert len(tried) == len(set(tried))
 
 
+@pytest.mark.thorough
 def test_an_attempt_under_a_limit(tmp_path: Path) -> None:
     attempt = Attempt("disk, params", 2, 64, 1, 32, 2, "cpu", 200 << 20, str(tmp_path))
     found = in_a_process(attempt, 120)

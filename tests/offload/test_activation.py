@@ -71,6 +71,7 @@ def test_both_equal_neither(ranks: Any, stage: str, where: str, word: str, tmp_p
         same(other, neither)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("stage", "where", "word"), WAYS[:1])
 def test_in_a_pipeline_of_shards(ranks: Any, stage: str, where: str, word: str, tmp_path: Path) -> None:
     """Two stages on two data-parallel ranks each."""

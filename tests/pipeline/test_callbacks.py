@@ -41,7 +41,10 @@ JOBS: dict[str, tuple[Any, Any, int]] = {
 }
 
 
-@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.thorough if name in ("mean", "structured") else ()) for name in JOBS],
+)
 def test_equals_one_process(ranks: Any, tmp_path: Path, name: str) -> None:
     callback, module, epochs = JOBS[name]
     fit = Short(module=module, arguments={"layers": 4}, epochs=epochs)

@@ -94,11 +94,13 @@ def test_accumulation_clipping_and_two_groups(ranks: Any, odd: dict[str, Outcome
     check_odd(ranks(2).run(train_all, fits, tmp_path, timeout=180), odd)
 
 
+@pytest.mark.thorough
 def test_the_same_with_other_schedules(ranks: Any, odd: dict[str, Outcome], tmp_path: Path) -> None:
     fits = [fit for name in ("interleaved", "zero_bubble", "zbv") for fit in odd_fits("stage2", **SCHEDULES[name])]
     check_odd(ranks(2).run(train_all, fits, tmp_path, timeout=180), odd)
 
 
+@pytest.mark.thorough
 def test_the_same_on_two_by_two_ranks(ranks: Any, odd: dict[str, Outcome], tmp_path: Path) -> None:
     fits = [*odd_fits("stage1", 4), *odd_fits("stage3", 4), *odd_fits("stage3", 4, **SCHEDULES["zbv"])]
     check_odd(ranks(4).run(train_all, fits, tmp_path, timeout=180), odd)

@@ -79,11 +79,11 @@ def ways(form: str) -> dict[str, Fit]:
     ("first", "second"),
     [
         ("two", "four"),
-        ("four", "interleaved"),
         ("two of stage3", "none"),
         ("none", "two by two"),
-        ("interleaved", "two of stage3"),
-        ("two by two", "two"),
+        pytest.param("four", "interleaved", marks=pytest.mark.thorough),
+        pytest.param("interleaved", "two of stage3", marks=pytest.mark.thorough),
+        pytest.param("two by two", "two", marks=pytest.mark.thorough),
     ],
 )
 def test_from_any_pipeline_to_any_other(

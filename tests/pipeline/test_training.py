@@ -50,6 +50,7 @@ def test_every_schedule(ranks: Any, alone: Outcome, tmp_path: Path) -> None:
         equal(result, alone)
 
 
+@pytest.mark.thorough
 def test_four_ranks(ranks: Any, alone: Outcome, tmp_path: Path) -> None:
     """Two pipelines of two stages, and one of four."""
     fits = [piped(stage, 4) for stage in STAGES]

@@ -105,6 +105,7 @@ def test_slurm(start, alone, tmp_path):
     check_weights(tmp_path, alone)
 
 
+@pytest.mark.thorough
 def test_a_port_that_another_job_has(start, tmp_path):
     """gpt-neox#849: rank 0 says so, and the other rank does not join that job."""
     other = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -122,6 +123,7 @@ def test_a_port_that_another_job_has(start, tmp_path):
     assert other.get("key") == b"value"
 
 
+@pytest.mark.thorough
 @pytest.mark.namespaces
 def test_two_hosts_with_two_ranks_each(alone, tmp_path):
     # The elastic rendezvous: the hosts find one another at the first, and agree on who is who.

@@ -314,6 +314,9 @@ RUNS = {
 CUT = ("checkpoint", "frozen", "unused, accumulated", "sometimes used", "shared block", "empty")
 
 
+FOUR = [pytest.param(name, 4, marks=() if name == "frozen" else pytest.mark.thorough) for name in CUT]
+
+
 def all_stages(name: str) -> list[Any]:
     run = RUNS[name]
     run.steps = 5
@@ -321,7 +324,7 @@ def all_stages(name: str) -> list[Any]:
     return [*outcomes, *(with_engine(run, Zero("stage3", slots=slots, poison=True)) for slots in (1, 2))]
 
 
-@pytest.mark.parametrize(("name", "size"), [*((name, 2) for name in RUNS), *itertools.product(CUT, (1, 4))])
+@pytest.mark.parametrize(("name", "size"), [*((name, 2) for name in RUNS), *itertools.product(CUT, (1,)), *FOUR])
 def test_equals_one_process(ranks, size, name):
     RUNS[name].steps = 5
     expected = one_process(RUNS[name])
