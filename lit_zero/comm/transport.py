@@ -167,7 +167,7 @@ class Transport:
                 works.append(dist.isend(part, group=self._frames, group_dst=to, tag=tag))
         for tensor, place in zip(message.tensors, places, strict=True):
             if place is None and tensor.numel():
-                held.append(tensor.detach().contiguous())
+                held.append(_bytes(tensor.detach().resolve_conj().resolve_neg().contiguous()))  # NCCL knows few dtypes
                 works.append(dist.isend(held[-1], group=self._groups[to < self.position], group_dst=to))
         if counted:
             self.sent_bytes += sum(tensor.numel() * tensor.element_size() for tensor in message.tensors)
@@ -176,7 +176,8 @@ class Transport:
     def post(self, key: Hashable, source: int) -> None:
         """Get ready to receive the message ``key`` from the rank at position ``source``, after those posted before."""
         line = self._lines[source]
-        frame = torch.empty(line.came_frames.get(key, _LEAST_BYTES), dtype=torch.uint8)
+        with torch.inference_mode(False):  # what comes is a normal tensor, also in an evaluation: modules may keep it
+            frame = torch.empty(line.came_frames.get(key, _LEAST_BYTES), dtype=torch.uint8)
         line.posted.append(_Posted(key, frame, dist.irecv(frame, group=self._frames, group_src=source)))
         self._sources[key] = source
 
@@ -200,7 +201,6 @@ class Transport:
         return self._come.pop(key)
 
     def _receive(self, posted: _Posted, source: int) -> Message:
-        # Normal tensors, also for an evaluation without versions: a module may keep what it is given.
         with torch.inference_mode(False), torch.no_grad():
             line, packed = self._lines[source], posted.frame
             if posted.work is not None:
@@ -225,7 +225,7 @@ class Transport:
                 else:
                     tensor = torch.empty(shape, dtype=dtype, device=self.device)
                     if tensor.numel():
-                        self._arrive(tensor, self._groups[source > self.position], source)
+                        self._arrive(_bytes(tensor), self._groups[source > self.position], source)
                 tensors.append(tensor.requires_grad_(requires_grad))
             return Message(key, tensors, note)
 
@@ -239,22 +239,23 @@ class Transport:
         for line in self._lines.values():
             line.land(line.left + len(line.flying))
 
-    def share(self, value: Any, source: int) -> Any:
-        """Return the ``value`` of the rank at position ``source`` on every rank of the pipeline.
+    def share(self, value: Any, source: int, key: str = "shared") -> Any:
+        """Return the ``value`` of the rank at position ``source`` on every rank of the pipeline, in memory of its own.
 
         Args:
             value: anything that can be pickled; plain tensors in tuples, lists and dictionaries are not.
             source: whose it is.
+            key: what it is; values of one key should be of like size.
         """
         if self.size == 1:
             return value
-        key = "shared"
         if self.position != source:
             self.post(key, source)
             message = self.wait(key)
-            return tree_map(
-                lambda leaf: message.tensors[leaf.number] if isinstance(leaf, _Place) else leaf, message.note
-            )
+            # Users keep these: one must not keep the whole message, and two must not lie in the same storage.
+            with torch.inference_mode(False):
+                own = [t.clone() if t.device.type == "cpu" else t for t in message.tensors]
+            return tree_map(lambda leaf: own[leaf.number] if isinstance(leaf, _Place) else leaf, message.note)
         tensors: list[torch.Tensor] = []
 
         def put_aside(leaf: Any) -> Any:
@@ -306,6 +307,10 @@ def _places(header: int, described: Sequence[tuple[Any, ...]]) -> tuple[list[int
         places.append(end if on_host else None)
         end += math.prod(shape) * dtype.itemsize if on_host else 0
     return places, end
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(-1).view(torch.uint8)
 
 
 def _within(packed: torch.Tensor, place: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:

@@ -30,6 +30,9 @@ class OnePiece:
         """Return the ZeRO stage as it is to be used."""
         return zero
 
+    def flush(self) -> None:
+        """Return when all that this rank has sent to others of its pipeline has left."""
+
     def has(self, module: Any) -> bool:
         """Return whether ``module`` is the one that was divided here."""
         return False

@@ -58,6 +58,23 @@ class Piping(Talking):
         ranks = self.data_parallel_size * self.pipeline.ranks
         return self.zero.row.over(ranks).parameter is Placement.SHARD and empty_init is not False
 
+    # Where a run ends well, all that was sent is taken: a process that ends takes along what has not left.
+
+    def on_validation_end(self) -> None:
+        """After a validation."""
+        super().on_validation_end()
+        self.stages.flush()
+
+    def on_test_end(self) -> None:
+        """After a test."""
+        super().on_test_end()
+        self.stages.flush()
+
+    def on_predict_end(self) -> None:
+        """After a prediction."""
+        super().on_predict_end()
+        self.stages.flush()
+
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         """Which share of the data this rank reads: the ranks of a pipeline read the same."""

@@ -186,10 +186,17 @@ class Stages(Dividing):
         OutsideCalls(module, lambda: split.running or self._looking, through)
         last, grid = self._placement[-1], self._strategy.grid
         lasts = [grid.rank(last, number) for number in range(grid.data)]
-        self._metrics = Metrics(module, self._from_last, lasts, last == self._position)
+        self._metrics = Metrics(module, self._states_from_last, lasts, last == self._position)
 
-    def _from_last(self, value: Any) -> Any:
-        return self._pipeline.share(value, self._placement[-1])
+    def _states_from_last(self, value: Any) -> Any:
+        states = self._pipeline.share(value, self._placement[-1], "states")
+        self.flush()  # they may be many, and no message comes back that would let them go
+        return states
+
+    def flush(self) -> None:
+        """Return when all that this rank has sent to others of its pipeline has left: it may end now."""
+        if self._transport is not None:
+            self._transport.flush()
 
     # ---- steps
 
@@ -209,7 +216,7 @@ class Stages(Dividing):
             self._clear()
         seed = 0 if alone else int(torch.randint(0, 1 << 62, ()))
         final = not alone and self._is_final(name)
-        batch, seed, ends = transport.share((args[0], seed, final), 0)
+        batch, seed, ends = transport.share((args[0], seed, final), 0, "batch")
         if ends != final:
             refuse_other_length(transport.position, ends)
         if transport.position > 0 and not alone:
@@ -228,7 +235,8 @@ class Stages(Dividing):
         work = Work(strategy, self._engine, self._metrics, name, last, micro, seed, on_part)
         with work.set_apart():
             results = self._runner.run(self._orders[key][transport.position], work)
-        result, logged, updated = self._from_last(work.told(results) if results else None)
+        told = work.told(results) if results else None
+        result, logged, updated = transport.share(told, self._placement[-1], "told")
         if not results:
             self._metrics.follow(updated)
         log_again(self._module, logged, strategy.root_device)
@@ -318,6 +326,7 @@ class Stages(Dividing):
         """Bring the buffers, and the metrics that go into checkpoints, to what the ranks that change them have. All
         ranks together.
         """
+        self.flush()
         if self._split is None or self._plan is None or self._metrics is None:
             return
         self._metrics.take_persistent()

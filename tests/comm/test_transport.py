@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections import OrderedDict
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -130,6 +131,8 @@ def share_all() -> None:
         assert type(found["own"]) is Own and type(found["parameter"]) is torch.nn.Parameter
         assert torch.equal(found["sparse"].to_dense(), torch.eye(3))
         assert torch.equal(found["large"], torch.arange(1 << 20))
+        torch.save(found["nested"][0], io.BytesIO())  # which refuses tensors of several dtypes in one storage
+        assert all(t.untyped_storage().nbytes() == t.numel() * t.element_size() for t in found["nested"][0])
     transport.flush()
     assert transport.sent_bytes == 0, "what is shared is not counted as activations"
 
@@ -142,6 +145,25 @@ def test_what_is_shared_is_the_same_everywhere(ranks: Any, size: int) -> None:
 def share_alone() -> None:
     here = value()
     assert Transport([[0]], CPU, SOON).share(here, 0) is here
+
+
+def in_an_evaluation() -> None:
+    """What comes may need a gradient, and may be kept."""
+    transport = Transport([[0, 1]], CPU, SOON)
+    for _ in range(2):  # the second message fills its frame
+        with torch.inference_mode():
+            if dist.get_rank() == 0:
+                with torch.inference_mode(False):
+                    transport.send(Message("it", [torch.ones(1000, requires_grad=True)]), 1)
+            else:
+                transport.post("it", 0)
+                [found] = transport.wait("it").tensors
+                assert found.requires_grad and not found.is_inference()
+    transport.flush()
+
+
+def test_what_comes_in_an_evaluation_is_a_normal_tensor(ranks: Any) -> None:
+    ranks(2).run(in_an_evaluation)
 
 
 def two_pipelines() -> Any:
