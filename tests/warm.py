@@ -84,7 +84,8 @@ def _become(arguments: list[str], cwd: str, environment: dict[str, str], output:
     if module:
         del arguments[0]
     sys.argv[:] = arguments
-    sys.path[:0] = [cwd if module else str(Path(arguments[0]).parent), *environment.get("PYTHONPATH", "").split(":")]
+    more = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
+    sys.path[:0] = [cwd if module else str(Path(arguments[0]).parent), *more]
     random.seed()
     import numpy
     import torch

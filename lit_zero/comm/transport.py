@@ -176,8 +176,7 @@ class Transport:
     def post(self, key: Hashable, source: int) -> None:
         """Get ready to receive the message ``key`` from the rank at position ``source``, after those posted before."""
         line = self._lines[source]
-        with torch.inference_mode(False):  # what comes is a normal tensor, also in an evaluation: modules may keep it
-            frame = torch.empty(line.came_frames.get(key, _LEAST_BYTES), dtype=torch.uint8)
+        frame = torch.empty(line.came_frames.get(key, _LEAST_BYTES), dtype=torch.uint8)
         line.posted.append(_Posted(key, frame, dist.irecv(frame, group=self._frames, group_src=source)))
         self._sources[key] = source
 
@@ -201,6 +200,7 @@ class Transport:
         return self._come.pop(key)
 
     def _receive(self, posted: _Posted, source: int) -> Message:
+        # What comes is a normal tensor, also in an evaluation: modules may keep it.
         with torch.inference_mode(False), torch.no_grad():
             line, packed = self._lines[source], posted.frame
             if posted.work is not None:
