@@ -110,6 +110,8 @@ def leaves_no_trace() -> Iterator[None]:
 
 @pytest.hookimpl(tryfirst=True)  # before -m and -k deselect, so that those tests are counted too
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        _narrow(item, "thorough")
     found = {name: [item for item in items if item.get_closest_marker(name)] for name in NEEDS}
     config.stash[ITEMS] = {name: {item.nodeid for item in marked} for name, marked in found.items()}
     config.stash[RUN] = set()
@@ -118,6 +120,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if reason:
             for item in found[name]:
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _narrow(item: pytest.Item, name: str) -> None:
+    """Take a marker off a test unless it holds for it: without arguments it does for all cases, else for those whose
+    identifier has one of them in it, as ``@pytest.mark.thorough("zbv", "-4")``.
+    """
+    case = item.name.removeprefix(getattr(item, "originalname", item.name))
+    item.own_markers = [
+        mark
+        for mark in item.own_markers
+        if mark.name != name or not mark.args or any(part in case for part in mark.args)
+    ]
 
 
 @pytest.hookimpl(wrapper=True)

@@ -62,10 +62,30 @@ GPU = """
 """
 
 
+THOROUGH = """
+    import pytest
+
+    @pytest.mark.thorough
+    def test_whole():
+        pass
+
+    @pytest.mark.thorough("-4", "[b")
+    @pytest.mark.parametrize("size", [2, 4])
+    @pytest.mark.parametrize("name", ["a", "b"])
+    def test_cases(name, size):
+        pass
+
+    def test_quick_4():
+        pass
+"""
+
+
 @pytest.fixture(autouse=True)
 def inner_run(pytester: pytest.Pytester) -> None:
     pytester.makeconftest(Path(__file__).with_name("conftest.py").read_text())
-    pytester.makeini("[pytest]\nmarkers =\n  gpu\n  namespaces\naddopts = --strict-markers -p no:cacheprovider\n")
+    pytester.makeini(
+        "[pytest]\nmarkers =\n  gpu\n  namespaces\n  thorough\naddopts = --strict-markers -p no:cacheprovider\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -129,3 +149,17 @@ def test_the_summary_counts_namespace_tests(
     result = pytester.runpytest_inprocess("-q")
     assert line in result.outlines
     assert result.ret == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "passed", "line"),
+    [
+        ([], 2, "thorough tests: 4 not run (ask for them with --thorough)"),
+        (["--thorough"], 6, "thorough tests: 4 run"),
+    ],
+)
+def test_thorough_tests_are_asked_for(pytester: pytest.Pytester, arguments: list[str], passed: int, line: str) -> None:
+    pytester.makepyfile(THOROUGH)
+    result = pytester.runpytest_inprocess(*arguments)
+    result.assert_outcomes(passed=passed, skipped=6 - passed)
+    assert line in result.outlines

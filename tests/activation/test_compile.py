@@ -16,6 +16,8 @@ from tests.compile.test_compile import BLOCKS, FIT, fit_all
 from tests.strategy.harness import Fit, Short, same_bits
 from tests.zero.harness import tokens
 
+pytestmark = pytest.mark.thorough
+
 
 def compiled(way: str) -> Any:
     torch.manual_seed(0)
@@ -50,7 +52,6 @@ def test_selective_refuses_what_it_cannot_look_into(way: str) -> None:
     torch._dynamo.reset()
 
 
-@pytest.mark.thorough
 def test_on_ranks(ranks: Any, tmp_path: Path) -> None:
     """One graph for a block, as without, and the same bits."""
 

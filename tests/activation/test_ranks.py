@@ -77,6 +77,7 @@ def test_a_repetition_gathers_nothing_more(ranks: Any) -> None:
         assert same_bits(found, weights), policy.variant
 
 
+@pytest.mark.thorough
 def test_regions_larger_than_a_unit(ranks: Any) -> None:
     """The repetition of a pair brings the first block for itself, and again for its backward."""
     pool = ranks(2)
@@ -116,6 +117,7 @@ def test_partition_in_the_trainer(ranks: Any, tmp_path: Path, monkeypatch: pytes
     assert plain and same_bits(parted, plain)
 
 
+@pytest.mark.thorough
 def test_partition_in_pipelines(ranks: Any) -> None:
     """Two of them: the two ranks of each stage keep a part each."""
     words = [Activation(), VARIANTS["partition"]]
@@ -207,6 +209,7 @@ def test_blocks_do_what_is_said(ranks: Any, tmp_path: Path) -> None:
     assert 8 + 8 > found[5][0] > 8 + 4, "all in the first step, and then some"
 
 
+@pytest.mark.thorough("zero_bubble")
 @pytest.mark.parametrize("schedule", ["1f1b", "zero_bubble"])
 def test_in_a_pipeline_a_block_is_computed_again_once(ranks: Any, schedule: str, tmp_path: Path) -> None:
     """Two steps of four micro-batches; where the backward is in two halves too, and on the stage that splits it."""

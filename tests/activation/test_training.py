@@ -47,10 +47,8 @@ PIPELINES: dict[str, dict[str, list[str]]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "schedule",
-    [pytest.param(name, marks=pytest.mark.thorough if name in ("gpipe", "zbv") else ()) for name in PIPELINES],
-)
+@pytest.mark.thorough("gpipe", "zbv", "interleaved", "zero_bubble")
+@pytest.mark.parametrize("schedule", PIPELINES)
 def test_in_a_pipeline(ranks: Any, schedule: str, tmp_path: Path) -> None:
     pipeline = Pipeline(schedule, stages=4 if schedule in ("interleaved", "zbv") else 2, micro_batches=4)
     tried = [(stage, [NONE, *(VARIANTS[each] for each in words)]) for stage, words in PIPELINES[schedule].items()]

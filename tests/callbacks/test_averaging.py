@@ -87,6 +87,7 @@ def test_an_average_costs_a_share_of_the_parameters(staged, stage):
         assert max(size for size, _ in sizes) < 0.52 * sizes[0][1]
 
 
+@pytest.mark.thorough
 def test_averages_of_masters(ranks, tmp_path):
     """In mixed precision the 4-byte masters are averaged, not the 2-byte parameters."""
     job = With(replace(FIT, trainer={"precision": "bf16-mixed"}), [EMA])
@@ -101,6 +102,7 @@ def test_averages_of_masters(ranks, tmp_path):
         assert same_bits(mine.weights, bits)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("use_buffers", "stages"), [(True, STAGES), (False, ("stage3",))])
 def test_batch_statistics_as_under_ddp(ranks, tmp_path, use_buffers, stages):
     fit = replace(FIT, module=Normalised, devices=2, zero="ddp", epochs=2)
@@ -171,12 +173,14 @@ def resumed(job: With, path: Path, **changes: Any) -> With:
     return replace(job, fit=replace(job.fit, resume=path, **changes), kept=False)
 
 
+@pytest.mark.thorough
 def test_plain_checkpoints_resume_in_every_stage(ranks, tmp_path, plain):
     for stage in STAGES:
         job = resumed(under(KEPT, stage), plain[1])
         check_rest(ranks(2).run(run, job, tmp_path / stage)[0], plain[0])
 
 
+@pytest.mark.thorough("stage1")
 @pytest.mark.parametrize("stage", ["stage1", "stage3"])  # how weights are held; resuming is in every stage
 def test_a_full_checkpoint_is_a_plain_one(ranks, tmp_path, plain, stage):
     ranks(2).run(run, under(KEPT, stage), tmp_path)
@@ -198,6 +202,7 @@ def check_same_averages(path: Path, other: Path) -> None:
     assert same_bits(mine["state_dict"], dict(Buffered.load_from_checkpoint(path).state_dict()))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("stage", "size", "other_stage", "other_size"), [("stage3", 2, "stage1", 4), ("none", 4, "stage3", 2)]
 )

@@ -81,6 +81,7 @@ def test_it_does_something(alone):
     assert distance(alone[0].weights, alone[-1].weights) > 1e-2
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("accumulate", "stages"), [(1, ("none", "stage3")), (2, ("stage2",))])
 def test_batch_statistics_are_made_anew(ranks, tmp_path, accumulate, stages):
     """One more epoch without backward, as under DDP."""
@@ -126,11 +127,13 @@ def average_in(path: Path) -> dict[str, torch.Tensor]:
     return state["average_model_state"]
 
 
+@pytest.mark.thorough
 def test_plain_checkpoints_resume_in_every_stage(ranks, tmp_path, plain):
     for stage in STAGES:
         check_rest(ranks(2).run(run, resumed(under(KEPT, stage), plain[1]), tmp_path / stage)[0], plain[0])
 
 
+@pytest.mark.thorough("stage1")
 @pytest.mark.parametrize("stage", ["stage1", "stage3"])
 def test_a_full_checkpoint_is_a_plain_one(ranks, tmp_path, plain, stage):
     ranks(2).run(run, under(KEPT, stage), tmp_path)
@@ -142,6 +145,7 @@ def test_a_full_checkpoint_is_a_plain_one(ranks, tmp_path, plain, stage):
     check_rest(run(resumed(KEPT, path), tmp_path / "plain"), plain[0])
 
 
+@pytest.mark.thorough
 def test_sharded_checkpoints(ranks, tmp_path, plain):
     ranks(2).run(run, under(KEPT, "stage3", "sharded"), tmp_path)
     path = tmp_path / "kept" / "epoch=2.ckpt"

@@ -160,6 +160,7 @@ def test_learning_rate_finder(ranks, tmp_path):
 AVERAGES = [(EMAWeightAveraging, {"decay": 0.8}), (StochasticWeightAveraging, {"swa_lrs": 0.05, "swa_epoch_start": 2})]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("first", ["finder", "average"])
 def test_learning_rate_finder_beside_averages(ranks, tmp_path, first):
     """What it loads to go back is loaded in the middle of a run, before or after there is an average."""
@@ -184,6 +185,7 @@ def tune(fit: Fit, folder: Path) -> tuple[float | None, str]:
     return rates.suggestion(), str(caught.value)
 
 
+@pytest.mark.thorough
 def test_tuner(ranks, tmp_path):
     suggested = set()
     for stage in ("stage1", "stage3"):
@@ -233,6 +235,7 @@ LOOKERS = {
 }
 
 
+@pytest.mark.thorough
 def test_monitors(ranks, tmp_path):
     jobs = [With(replace(FIT, epochs=1), callbacks) for callbacks in LOOKERS.values()]
     for stage in ("none", "stage3"):
@@ -272,6 +275,7 @@ def profile(fit: Fit, folder: Path) -> list[tuple[dict[str, torch.Tensor], str]]
     return found
 
 
+@pytest.mark.thorough
 def test_profilers(ranks, tmp_path):
     expected = run(With(PROFILED), tmp_path / "alone").weights
     for stage in ("stage1", "stage3"):

@@ -85,6 +85,7 @@ def seed_of(kind: str, path: Path) -> int:
 
 
 # The steps before the folder is put in place are the same with and without a swap: the last case leaves them out.
+@pytest.mark.thorough("sharded-True", "sharded-False")
 @pytest.mark.parametrize(
     ("kind", "swap", "first", "steps"), [("full", True, 1, 3), ("sharded", True, 1, 10), ("sharded", False, 10, 3)]
 )

@@ -143,6 +143,7 @@ def reduce_everything(kind: str, overlap: bool, reduce_dtype: torch.dtype | None
     return wrong
 
 
+@pytest.mark.thorough("their own dtype-4", "False-in fp32-4")
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("reduce_dtype", [FP32, None], ids=["in fp32", "in their own dtype"])
 @pytest.mark.parametrize(("kind", "overlap"), KINDS)

@@ -133,6 +133,7 @@ def plain(fit: Fit, folder: Path) -> Outcome:
 FIT = Fit(epochs=1, module=Quiet)
 
 
+@pytest.mark.thorough("whole", "compile()", "forward")
 @pytest.mark.parametrize("way", ["whole", *BLOCKS])
 def test_same_losses_and_one_graph_for_a_block(ranks, tmp_path, way):
     alone = plain(FIT, tmp_path / "plain")
@@ -202,6 +203,7 @@ def in_fabric(loop: fabric_harness.Loop, way: str) -> tuple[fabric_harness.Outco
     return result, graphs.of_blocks()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("way", ["whole", "compile()"])
 def test_fabric(ranks, way):
     loop = fabric_harness.Loop(steps=2)
@@ -212,6 +214,7 @@ def test_fabric(ranks, way):
         assert set(graphs) == {(1, 4)}
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(
     not any(shutil.which(name) for name in ("c++", "g++", "clang++")),
     reason="no C++ compiler for torch.compile's default",

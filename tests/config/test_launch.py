@@ -12,13 +12,15 @@ import pytest
 
 from tests.config.support import APPS, EXAMPLES, Finished, in_order, run
 
-FAILURES = ("all_raise", "rank1_raises", "rank1_is_killed", "rank1_leaves", "rank0_is_stuck", "rank0_is_killed")
+QUICK = ("all_raise", "rank1_raises", "rank0_is_killed")
+THOROUGH = ("rank1_is_killed", "rank1_leaves", "rank0_is_stuck")
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Finished, Path]]:
-    """Every failure of a script without Hydra; two scripts at a time."""
-    folders = {failure: tmp_path_factory.mktemp(failure) for failure in FAILURES}
+def plain(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> dict[str, tuple[Finished, Path]]:
+    """Every failure, of those that are asked for, of a script without Hydra; two scripts at a time."""
+    failures = QUICK + (THOROUGH if pytestconfig.getoption("--thorough") else ())
+    folders = {failure: tmp_path_factory.mktemp(failure) for failure in failures}
 
     def one(failure: str) -> tuple[Finished, Path]:
         folder = folders[failure]
@@ -31,7 +33,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Finished,
         return done, folder
 
     with ThreadPoolExecutor(2) as pool:
-        return dict(zip(FAILURES, pool.map(one, FAILURES), strict=True))
+        return dict(zip(failures, pool.map(one, failures), strict=True))
 
 
 def _is_alive(pid: int) -> bool:
@@ -42,7 +44,8 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
-@pytest.mark.parametrize("failure", FAILURES)
+@pytest.mark.thorough(*THOROUGH)
+@pytest.mark.parametrize("failure", QUICK + THOROUGH)
 def test_failing_rank_ends_all_ranks(plain: dict[str, tuple[Finished, Path]], failure: str) -> None:
     done, folder = plain[failure]
     assert done.code != 0
@@ -50,6 +53,7 @@ def test_failing_rank_ends_all_ranks(plain: dict[str, tuple[Finished, Path]], fa
     assert not list(folder.glob("done*"))
 
 
+@pytest.mark.thorough(*THOROUGH)
 @pytest.mark.parametrize(
     ("failure", "words"),
     [
@@ -102,6 +106,7 @@ def test_main_job_without_and_with_sharding(tmp_path: Path) -> None:
     assert list((tmp_path / "sweep" / "0" / "tensorboard").glob("events*"))
 
 
+@pytest.mark.thorough
 def test_main_job_in_a_pipeline(tmp_path: Path) -> None:
     """Two stages, on two data-parallel ranks each: the numbers of two ranks without a pipeline, and a sample."""
     text = tmp_path / "text.txt"

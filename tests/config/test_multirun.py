@@ -73,11 +73,11 @@ def text_file(folder: Path) -> Path:
 
 SWEEPS: dict[str, Callable[[Path], Sweep]] = {
     "stages": lambda at: sweep(at, f"zero={','.join(STAGES)}", "trainer.devices=1,2", "lr=0.25"),
-    "failures": lambda at: sweep(at, "failure=rank0_sleeps,none"),
     "half_done": lambda at: sweep(at, *LIGHT[1:], script=APPS / "light.py"),
 }
-# With launchers and sweepers of others.
+# With a rank that fails, and with launchers and sweepers of others.
 OTHERS: dict[str, Callable[[Path], Sweep]] = {
+    "failures": lambda at: sweep(at, "failure=rank0_sleeps,none"),
     "joblib": lambda at: sweep(
         at, "failure=rank1_is_killed", "trainer.devices=1,2", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"
     ),
@@ -165,8 +165,9 @@ def test_files_of_a_sweep(sweeps: dict[str, Sweep]) -> None:
     ]
 
 
-def test_failed_jobs_do_not_touch_the_others(sweeps: dict[str, Sweep]) -> None:
-    failures = sweeps["failures"]
+@pytest.mark.thorough
+def test_failed_jobs_do_not_touch_the_others(others: dict[str, Sweep]) -> None:
+    failures = others["failures"]
     assert failures.done.code == 1
     assert [rank["steps"] for rank in failures.seen(1)] == [2, 2]
     assert [failures.result(number)["status"] for number in range(2)] == ["failed", "completed"]
@@ -179,12 +180,14 @@ def ends_soon(found: Sweep, number: int) -> None:
     assert 0 < found.ended(number) - float(max(times)) < 30
 
 
-def test_job_whose_rank_fails_ends_within_30_seconds(sweeps: dict[str, Sweep]) -> None:
-    ends_soon(sweeps["failures"], 0)
+@pytest.mark.thorough
+def test_job_whose_rank_fails_ends_within_30_seconds(others: dict[str, Sweep]) -> None:
+    ends_soon(others["failures"], 0)
 
 
-def test_failed_jobs_are_rows_of_the_table(sweeps: dict[str, Sweep]) -> None:
-    table = sweeps["failures"].table(2)
+@pytest.mark.thorough
+def test_failed_jobs_are_rows_of_the_table(others: dict[str, Sweep]) -> None:
+    table = others["failures"].table(2)
     assert in_order(
         table,
         [
@@ -196,9 +199,10 @@ def test_failed_jobs_are_rows_of_the_table(sweeps: dict[str, Sweep]) -> None:
     ), table
 
 
-def test_failure_is_told_when_it_happens(sweeps: dict[str, Sweep]) -> None:
+@pytest.mark.thorough
+def test_failure_is_told_when_it_happens(others: dict[str, Sweep]) -> None:
     assert in_order(
-        sweeps["failures"].done.output,
+        others["failures"].done.output,
         [
             "Error executing job with overrides: ['failure=rank0_sleeps']",
             "The traceback of rank 1:",
@@ -208,7 +212,7 @@ def test_failure_is_told_when_it_happens(sweeps: dict[str, Sweep]) -> None:
         ],
     )
     assert in_order(
-        sweeps["failures"].result(0)["error"],
+        others["failures"].result(0)["error"],
         ["rank 1 of 2 failed with ValueError", "The traceback of rank 1:", "ValueError: rank 1 alone finds a mistake"],
     )
 
@@ -274,6 +278,7 @@ def test_sweep_that_is_taken_up_again_runs_what_is_missing(sweeps: dict[str, Swe
     assert [sweeps["half_done"].result(number)["returned"] for number in range(2)] == [4.0, 9.0]
 
 
+@pytest.mark.thorough("15")
 @pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGTERM])
 def test_end_of_a_sweep_is_the_end_of_its_job(tmp_path: Path, by: signal.Signals) -> None:
     command = [sys.executable, str(APPS / "light.py"), "-m", "hangs=1", "x=1", f"hydra.sweep.dir={tmp_path}/sweep"]

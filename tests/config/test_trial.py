@@ -243,6 +243,7 @@ def test_ranks_that_others_start_share_one_folder(
     assert refusal(monkeypatch, "hydra.run.dir=there") is None
 
 
+@pytest.mark.thorough
 def test_the_main_job_without_validation(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog\n" * 200)

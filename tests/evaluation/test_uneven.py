@@ -50,6 +50,7 @@ def agree(found: Found, expected: Found) -> None:
 FORCED = ("two loaders", "batches of one", "fewer samples than ranks", "divided by the user, rank 0 ends first")
 
 
+@pytest.mark.thorough("no_grad")
 @pytest.mark.parametrize("forced", [False, True], ids=["no_grad", "inference_mode"])
 def test_two_ranks_measure_what_one_process_measures(ranks, tmp_path, forced):
     names = FORCED if forced else tuple(CASES)
@@ -65,6 +66,7 @@ def test_two_ranks_measure_what_one_process_measures(ranks, tmp_path, forced):
         assert all(each.logged == both[0][0].logged for each in both[0]), f"{name}: all stages agree bit for bit"
 
 
+@pytest.mark.thorough
 def test_four_ranks(ranks, tmp_path):
     cases = [Case([rows], share, ranks=4) for rows, share in ((13, 2), (33, 2), (6, 1), (2, 3))]
     expected = [alone(case, tmp_path) for case in cases]

@@ -122,6 +122,7 @@ def test_tensor_memory_counts_other_threads(monkeypatch: pytest.MonkeyPatch) -> 
         memory.__exit__(None, None, None)
 
 
+@pytest.mark.thorough("True-1")
 @pytest.mark.parametrize(("memory", "ranks"), [(False, 2), (True, 1)])
 def test_a_real_turn(memory: bool, ranks: int) -> None:
     model, batch_size = benchmark.SIZES["tiny"]
@@ -132,6 +133,7 @@ def test_a_real_turn(memory: bool, ranks: int) -> None:
     assert (results[0]["peak_bytes"] is not None) == memory
 
 
+@pytest.mark.thorough
 def test_a_turn_that_fails_says_why() -> None:
     model, batch_size = benchmark.SIZES["tiny"]
     with pytest.raises(RuntimeError, match="rank 0: .*KeyError: 'nobody'"):

@@ -11,8 +11,9 @@ from benchmark_worker import Turn
 
 from tests.config.support import EXAMPLES, run
 
+pytestmark = pytest.mark.thorough
 
-@pytest.mark.thorough
+
 def test_settings_train_alike() -> None:
     names = ("stage3", "stage3 cpu params", "stage3 disk params", "stage2 cpu half")
     losses = []

@@ -12,8 +12,9 @@ from benchmark_pipeline_worker import CONTENDERS, PipelineTurn
 
 from tests.config.support import EXAMPLES, run
 
+pytestmark = pytest.mark.thorough
 
-@pytest.mark.thorough
+
 def test_both_contenders_train_alike() -> None:
     model = {**SIZES["tiny"][0], "tied": False}
     turns = {name: take_turn(PipelineTurn(name, "1f1b", 2, model, 4, 4, 1, 3), 120, WORKER) for name in CONTENDERS}

@@ -17,6 +17,8 @@ import pytest
 
 from tests.warm import run_cold, run_python
 
+pytestmark = pytest.mark.thorough
+
 SCRIPT = """
     import json
     import sys

@@ -39,6 +39,7 @@ LOOPS = {
 }
 
 
+@pytest.mark.thorough("two optimizers apart")
 @pytest.mark.parametrize("name", LOOPS)
 def test_equal_to_one_process(ranks, name):
     alone = train(LOOPS[name])
@@ -149,6 +150,7 @@ def test_a_generator_and_a_discriminator(ranks, named, penalty):
 # ---- precision
 
 
+@pytest.mark.thorough("bf16-true")
 @pytest.mark.parametrize(
     ("mode", "close"), [("32-true", 1e-6), ("bf16-mixed", 2**-9), ("bf16-true", 2**-6), ("64-true", 1e-12)]
 )

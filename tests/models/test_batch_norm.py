@@ -63,6 +63,7 @@ def test_each_ranks_own_statistics_as_in_ddp(ranks, tmp_path):
     assert distance(alone.weights, ddp.weights) > 1e-3, "or there is nothing to synchronise"
 
 
+@pytest.mark.thorough("4")
 @pytest.mark.parametrize("size", [2, 4])
 def test_statistics_of_the_whole_batch(ranks, tmp_path, size):
     trainer = {"sync_batchnorm": True}
@@ -72,6 +73,7 @@ def test_statistics_of_the_whole_batch(ranks, tmp_path, size):
     assert len(statistics) == 16 and all(alone.weights[name].abs().sum() > 0 for name in statistics)
 
 
+@pytest.mark.thorough
 def test_bf16(ranks, tmp_path):
     trainer = {"sync_batchnorm": True, "precision": "bf16-mixed"}
     stages, alone = in_all_stages(ranks, tmp_path, arguments=ARGUMENTS, trainer=trainer)
@@ -90,6 +92,7 @@ class Deferred(Foreign):
             self.model = self.build()
 
 
+@pytest.mark.thorough
 def test_a_deferred_model(ranks, tmp_path):
     trainer = {"sync_batchnorm": True}
     stages, alone = in_all_stages(ranks, tmp_path, module=Deferred, arguments=ARGUMENTS, trainer=trainer)

@@ -139,6 +139,7 @@ def test_weights_are_those_of_the_files(ranks, tmp_path, folders, kind):
     assert all(given(weights, each.weights) for each in outcomes)
 
 
+@pytest.mark.thorough("bf16-mixed", "bf16-true")
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
 def test_training_goes_on_from_them_as_in_one_process(ranks, tmp_path, folders, precision):
     fit = Fit(module=Loaded, arguments={"path": folders["several files"]}, epochs=1, trainer={"precision": precision})
@@ -219,6 +220,7 @@ def count_bytes(fits: list[Fit], folder: Path) -> list[tuple[int, int]]:
     return found
 
 
+@pytest.mark.thorough("4")
 @pytest.mark.parametrize("size", [2, 4])
 def test_each_rank_reads_only_its_part(ranks, tmp_path, folders, size):
     """Field: each rank loads all states (22)."""

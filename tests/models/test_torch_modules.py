@@ -354,6 +354,7 @@ class TwoTowers(nn.Module):
         return self.head(x * y)
 
 
+@pytest.mark.thorough("2-")
 @pytest.mark.parametrize("build", [encoder_decoder, frozen_encoder_decoder, TwoTowers])
 @pytest.mark.parametrize("slots", [1, 2])
 def test_blocks_that_share_an_input(ranks, tmp_path, build, slots):

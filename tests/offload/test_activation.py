@@ -13,6 +13,8 @@ from tests.activation.harness import DropGPT, LitDropGPT
 from tests.fabric import harness as fabric
 from tests.strategy.harness import Fit, Outcome, Short, distance, same_bits, train_all
 
+pytestmark = pytest.mark.thorough
+
 WAYS = [("stage3", "disk", "full"), ("stage2", "cpu", "selective")]
 PIPELINE = Pipeline("1f1b", stages=2, micro_batches=4)
 
@@ -71,7 +73,6 @@ def test_both_equal_neither(ranks: Any, stage: str, where: str, word: str, tmp_p
         same(other, neither)
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize(("stage", "where", "word"), WAYS[:1])
 def test_in_a_pipeline_of_shards(ranks: Any, stage: str, where: str, word: str, tmp_path: Path) -> None:
     """Two stages on two data-parallel ranks each."""

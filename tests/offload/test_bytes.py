@@ -65,6 +65,7 @@ def counted(cases: list[tuple[str, str]], mode: str, folder: Path, ratio: float 
     return found
 
 
+@pytest.mark.thorough("-4")
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("mode", TABLE)
 def test_bytes_equal_the_table(ranks: Any, size: int, mode: str, tmp_path: Path) -> None:
@@ -87,6 +88,7 @@ def test_a_gpu_has_a_copy_of_the_gradients_on_its_host() -> None:
     assert sizes["host"] / count == pytest.approx(4 + 8 + 4, rel=0.02)
 
 
+@pytest.mark.thorough
 def test_two_portions_are_all_that_a_step_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Live bytes while the optimizer steps on files: the portions, which do not grow with the model."""
     before, inside, chunk = list[int](), list[int](), 1 << 18

@@ -28,6 +28,8 @@ from tests.strategy.test_finetuning import Plain, callbacks
 from tests.strategy.test_manual import GAN
 from tests.zero.test_access import NAMES, build, rows, step
 
+pytestmark = pytest.mark.thorough
+
 
 def choices(folder: Path, params: bool = False) -> list[Offload]:
     """Return no offload, and both ways to offload."""
@@ -95,7 +97,6 @@ AVERAGES: list[tuple[str, Any, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize(("stage", "kind", "arguments"), AVERAGES)
 def test_weight_averaging(ranks: Any, tmp_path: Path, stage: str, kind: Any, arguments: dict[str, Any]) -> None:
     fits = all_ways(Short(epochs=3), tmp_path / "states", stage)
@@ -140,7 +141,6 @@ def test_learning_rate_finder(ranks: Any, tmp_path: Path) -> None:
         assert other.rows == first.rows
 
 
-@pytest.mark.thorough
 def test_pruning(ranks: Any, tmp_path: Path) -> None:
     fits = all_ways(Short(module=Untied, epochs=3, trainer={"gradient_clip_val": 0.5}), tmp_path / "states")
     for kind, arguments, chosen in ((ModelPruning, GLOBAL, fits), (PrunesBlocks, LOCAL, fits[:2])):

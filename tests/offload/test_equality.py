@@ -49,6 +49,7 @@ def test_two_ranks_equal_no_offload_bit_for_bit(ranks: Any, stage: str, tmp_path
         same(outcomes)
 
 
+@pytest.mark.thorough("stage1", "stage2")
 @pytest.mark.parametrize("stage", STAGES)
 def test_accumulation_clipping_and_momentum(ranks: Any, stage: str, tmp_path: Path) -> None:
     run = with_steps(RUN, optimizer=momentum, micro_batches=2, clip=0.5, clip_value=0.01)
@@ -82,6 +83,7 @@ def holding(stage: str, folder: Path, run: Run) -> list[Outcome]:
     return found
 
 
+@pytest.mark.thorough("stage1", "stage2")
 @pytest.mark.parametrize("stage", STAGES)
 def test_gradients_that_are_copied_and_held(ranks: Any, stage: str, tmp_path: Path) -> None:
     run = with_steps(RUN, steps=3, micro_batches=3, clip=0.5)
@@ -109,6 +111,7 @@ def trainable(model: torch.nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, foreach=False)
 
 
+@pytest.mark.thorough("stage1", "stage2")
 @pytest.mark.parametrize("stage", STAGES)
 def test_frozen_and_unreached_parameters(ranks: Any, stage: str, tmp_path: Path) -> None:
     run = with_steps(RUN, model=Partly, optimizer=trainable, steps=5)

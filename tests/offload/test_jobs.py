@@ -17,6 +17,8 @@ from lit_zero import Offload
 from tests.offload.job import KILLED_AT, Wide, data, trainer
 from tests.strategy.harness import distance, same_bits
 
+pytestmark = pytest.mark.thorough
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -38,7 +40,6 @@ def test_states_that_do_not_fit_into_memory(tmp_path: Path) -> None:
     assert sum(file.stat().st_size for file in (tmp_path / "saved").iterdir()) > 12 * 1_001_000 * 12
 
 
-@pytest.mark.thorough
 def test_a_disk_that_fails_on_one_rank(tmp_path: Path) -> None:
     """The other rank does not wait, and nothing that is half stepped is saved."""
     begin = time.monotonic()

@@ -104,6 +104,7 @@ class Shaken(Overflowing):
         return torch.optim.AdamW(self.parameters(), lr=1e-2, eps=1e-3, fused=True)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("stage", "fused"), [("stage1", True), ("stage2", False), ("stage3", True)])
 def test_a_loss_scaler_that_skips_steps(ranks: Any, stage: str, fused: bool, tmp_path: Path) -> None:
     more: dict[str, Any] = {"trainer": half(), "module": Shaken, "arguments": {"fused": fused}, "look": scales}
@@ -141,6 +142,7 @@ def all_again(fits: list[Fit], folder: Path) -> list[tuple[dict[str, torch.Tenso
     return [again(fit, folder / str(number)) for number, fit in enumerate(fits)]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("stage", ["stage1", "stage3"])
 def test_two_fits_and_a_failure(ranks: Any, stage: str, tmp_path: Path) -> None:
     chosen = fits(tmp_path / "states", stage, 2, epochs=1)

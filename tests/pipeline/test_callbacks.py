@@ -20,6 +20,8 @@ from tests.callbacks.test_pruning import GLOBAL, LOCAL, PrunesBlocks, Untied
 from tests.pipeline.test_training import piped
 from tests.strategy.harness import STAGES, LitGPT, Outcome, Short, distance
 
+pytestmark = pytest.mark.thorough
+
 
 class Epochly(LitGPT):
     """Its learning rate changes once per epoch, as SWA's does."""
@@ -41,10 +43,7 @@ JOBS: dict[str, tuple[Any, Any, int]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=pytest.mark.thorough if name in ("mean", "structured") else ()) for name in JOBS],
-)
+@pytest.mark.parametrize("name", JOBS)
 def test_equals_one_process(ranks: Any, tmp_path: Path, name: str) -> None:
     callback, module, epochs = JOBS[name]
     fit = Short(module=module, arguments={"layers": 4}, epochs=epochs)

@@ -120,6 +120,7 @@ class Partly(LitGPT):
         return loss
 
 
+@pytest.mark.thorough
 def test_a_tied_weight_that_one_stage_does_not_use(ranks: Any, tmp_path: Path) -> None:
     alone = train(Short(module=Partly, arguments=ADAMW), tmp_path / "alone")
     for size in (2, 4):
@@ -166,6 +167,7 @@ def scales(trainer: pl.Trainer) -> list[tuple[float, float]]:
     return trainer.lightning_module.scales
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("where", ["model.blocks.0.up.weight", "model.blocks.3.up.weight"])
 def test_all_stages_skip_together(ranks: Any, tmp_path: Path, where: str) -> None:
     given = {"where": where, "overflows": (0, 3, 4), **ADAMW}
@@ -221,6 +223,7 @@ def test_dropout_equals_one_process_that_runs_the_same_micro_batches(ranks: Any,
         equal(each, alone)
 
 
+@pytest.mark.thorough
 def test_batch_statistics_are_saved_by_the_stages_that_have_them(ranks: Any, tmp_path: Path) -> None:
     arguments = {"layers": 4, "dropout": False, "norms": True}
     alone = train(Short(module=Random, arguments={"pieces": True, **arguments}), tmp_path / "alone")
@@ -272,6 +275,7 @@ def reductions(trainer: pl.Trainer) -> int:
     return trainer.strategy.engine.exchange.counters.reductions
 
 
+@pytest.mark.thorough
 def test_gradients_are_reduced_once_a_step_unless_asked(ranks: Any, tmp_path: Path) -> None:
     """The last batch has 2 rows in each pipeline, and so 2 micro-batches."""
     fit = replace(piped("stage2", 4), before=count, look=reductions, epochs=1)
@@ -312,6 +316,7 @@ def several(ways: list[Any], devices: int, folder: Path) -> list[list[Any]]:
     return found
 
 
+@pytest.mark.thorough
 def test_several_runs(ranks: Any, tmp_path: Path) -> None:
     [alone] = several(["auto"], 1, tmp_path / "alone")
     names = ("1f1b", "interleaved", "zbv")

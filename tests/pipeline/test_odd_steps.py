@@ -95,6 +95,7 @@ CUT: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.thorough("views", "frozen front")
 @pytest.mark.parametrize("name", CUT)
 def test_split_backwards_reach_every_weight(ranks: Any, tmp_path: Path, name: str) -> None:
     module, given = CUT[name]
@@ -159,6 +160,7 @@ class Probing(LitGPT):
         self.log("probed", self.probe(logits).square().mean(), sync_dist=True)
 
 
+@pytest.mark.thorough
 def test_validation_uses_what_training_does_not(ranks: Any, tmp_path: Path) -> None:
     fit = Short(module=Probing, arguments={"layers": 4})
     alone = train(fit, tmp_path / "alone")
@@ -182,6 +184,7 @@ class Drawing(Random):
             self.model.blocks[index] = DrawingBlock(12)
 
 
+@pytest.mark.thorough
 def test_draws_of_other_generators(ranks: Any, tmp_path: Path) -> None:
     alone = train(Short(module=Drawing, arguments={"layers": 4, "pieces": True}), tmp_path / "alone")
     fits = [replace(piped("stage2", **way), module=Drawing) for way in SCHEDULES.values()]
@@ -306,6 +309,7 @@ def state_bytes(fit: Fit, folder: Path) -> tuple[int, int]:
     return sum(strategy.engine.model_state_bytes().values()), here
 
 
+@pytest.mark.thorough
 def test_a_rank_holds_the_states_of_its_stage(ranks: Any, tmp_path: Path) -> None:
     """AdamW in fp32 holds 16 bytes for each parameter, whether the ranks are stages or not."""
     arguments = {"layers": 4, "tied": False, "optimizer": "adamw"}

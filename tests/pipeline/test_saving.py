@@ -74,6 +74,7 @@ def ways(form: str) -> dict[str, Fit]:
     }
 
 
+@pytest.mark.thorough("[four", "[interleaved", "[two by", "two-four-sharded", "none-two by two-sharded")
 @pytest.mark.parametrize("form", ["full", "sharded"])
 @pytest.mark.parametrize(
     ("first", "second"),
@@ -81,9 +82,9 @@ def ways(form: str) -> dict[str, Fit]:
         ("two", "four"),
         ("two of stage3", "none"),
         ("none", "two by two"),
-        pytest.param("four", "interleaved", marks=pytest.mark.thorough),
-        pytest.param("interleaved", "two of stage3", marks=pytest.mark.thorough),
-        pytest.param("two by two", "two", marks=pytest.mark.thorough),
+        ("four", "interleaved"),
+        ("interleaved", "two of stage3"),
+        ("two by two", "two"),
     ],
 )
 def test_from_any_pipeline_to_any_other(
@@ -103,6 +104,7 @@ def test_plain_checkpoints_resume(ranks: Any, tmp_path: Path, plain: tuple[Outco
         check_second_half(each, plain[0])
 
 
+@pytest.mark.thorough("two of stage3", "interleaved")
 @pytest.mark.parametrize("name", ["two", "two of stage3", "interleaved"])
 def test_plain_lightning_resumes(ranks: Any, tmp_path: Path, plain: tuple[Outcome, Path], name: str) -> None:
     """From a full checkpoint as it is, and from a sharded one that ``lit-zero consolidate`` has made one."""
@@ -119,6 +121,7 @@ def test_plain_lightning_resumes(ranks: Any, tmp_path: Path, plain: tuple[Outcom
         check_second_half(resumed, plain[0])
 
 
+@pytest.mark.thorough
 def test_resuming_in_place_is_bit_equal(ranks: Any, tmp_path: Path) -> None:
     whole = replace(ways("full")["two"], module=LitGPT)
     halves = [replace(ways(form)["two"], module=LitGPT, epochs=1, look=save) for form in ("full", "sharded")]

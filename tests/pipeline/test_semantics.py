@@ -102,6 +102,7 @@ def test_what_is_logged_is_the_same_on_every_rank(ranks: Any, tmp_path: Path) ->
     check_told(ranks(2).run(train_all, fits, tmp_path, timeout=180), alone)
 
 
+@pytest.mark.thorough
 def test_logs_of_two_pipelines(ranks: Any, tmp_path: Path) -> None:
     """What each pipeline returns and what is logged without sync_dist is of its own rows."""
     names = ("val_micro", "val_f1", "val_auroc", "val_accuracy", "mean", "kept")
@@ -132,6 +133,7 @@ class Sometimes(LitGPT):
         return torch.optim.AdamW(self.parameters(), 1e-2, eps=1e-3)
 
 
+@pytest.mark.thorough
 def test_no_loss(ranks: Any, tmp_path: Path) -> None:
     ways: list[dict[str, Any]] = [{}, {"accumulate_grad_batches": 2}]
     alone = [
@@ -149,6 +151,7 @@ def test_no_loss(ranks: Any, tmp_path: Path) -> None:
 # ---- callbacks
 
 
+@pytest.mark.thorough
 def test_callbacks(ranks: Any, tmp_path: Path) -> None:
     def job(fit: Fit, folder: str) -> With:
         callbacks: Any = [

@@ -19,6 +19,8 @@ from tests.hosts import ADDRESSES, INTERFACE, run_on_two_hosts
 from tests.strategy.harness import distance, same_bits, train
 from tests.strategy.job import FIT, STAGES
 
+pytestmark = pytest.mark.thorough
+
 ROOT = Path(__file__).parents[2]
 JOB = ("-m", "tests.strategy.job")
 TIMEOUT = 300.0  # seconds; of a machine that is busy with other things
@@ -105,7 +107,6 @@ def test_slurm(start, alone, tmp_path):
     check_weights(tmp_path, alone)
 
 
-@pytest.mark.thorough
 def test_a_port_that_another_job_has(start, tmp_path):
     """gpt-neox#849: rank 0 says so, and the other rank does not join that job."""
     other = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -123,7 +124,6 @@ def test_a_port_that_another_job_has(start, tmp_path):
     assert other.get("key") == b"value"
 
 
-@pytest.mark.thorough
 @pytest.mark.namespaces
 def test_two_hosts_with_two_ranks_each(alone, tmp_path):
     # The elastic rendezvous: the hosts find one another at the first, and agree on who is who.

@@ -93,6 +93,7 @@ def test_no_rank_ever_holds_the_whole_model(ranks, tmp_path, size):
         assert each.notes > whole, "what the same count says of a stage that does not shard parameters"
 
 
+@pytest.mark.thorough("bf16-true")
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
 def test_weights_are_those_of_an_eager_build(ranks, tmp_path, precision):
     trainer = {"precision": precision, "max_steps": 1, "limit_val_batches": 0}
@@ -136,6 +137,7 @@ def test_a_metric_built_on_the_meta_device_is_named(ranks, tmp_path):
     assert ranks(2).run(train, Fit({"zero": "stage2"}, 2, module=WithMetric, epochs=1), tmp_path)[0].steps == 5
 
 
+@pytest.mark.thorough("sharded")
 @pytest.mark.parametrize("form", ["full", "sharded"])
 def test_resuming_a_deferred_model(ranks, tmp_path, form):
     arguments = {"optimizer": "adamw", "lr": 1e-2}

@@ -71,6 +71,7 @@ def test_thawing_block_by_block_equals_one_device(ranks, tmp_path, size):
     assert len(expected.column("lr-AdamW/pg4")) == 5
 
 
+@pytest.mark.thorough
 def test_thawing_in_bf16_mixed_follows_one_device(ranks, tmp_path):
     expected = alone(tmp_path, "bf16-mixed")
     stages = ranks(2).run(by_callback, 2, tmp_path / "ranks", "bf16-mixed", timeout=120)[0]
@@ -100,6 +101,7 @@ class _Save:
         trainer.save_checkpoint(self.path)
 
 
+@pytest.mark.thorough
 def test_a_resumed_run_has_the_groups_of_the_checkpoint(ranks, tmp_path):
     """What Lightning's callback does not restore (it freezes again what had been thawed), we do not either."""
     stages = ranks(2).run(stop_and_go_on, 2, tmp_path, timeout=120)[0]

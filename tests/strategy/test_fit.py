@@ -47,6 +47,7 @@ def in_all_stages(ranks: Ranks, size: int, folder: Path, **fit: Any) -> tuple[li
 
 
 # Every two settings meet once; tests/zero/test_equality.py lets all of them meet.
+@pytest.mark.thorough("sgd-unclipped-1x", "adamw-value-3x", "adamw-unclipped-3x")
 @pytest.mark.parametrize(
     ("optimizer", "clip", "accumulate"),
     [
@@ -68,6 +69,7 @@ def test_equals_one_device(ranks, tmp_path, optimizer, clip, accumulate):
     assert bits == [True, True, not accumulate, not accumulate], "stages 2 and 3 reduce every micro-batch by default"
 
 
+@pytest.mark.thorough
 def test_equals_one_device_on_four_ranks(ranks, tmp_path):
     stages, alone = in_all_stages(ranks, 4, tmp_path, arguments=SGD, trainer={**NORM, **THREE})
     for each in stages:

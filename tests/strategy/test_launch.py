@@ -103,6 +103,7 @@ CASES = {
     "pytorch_lightning": ("", "pytorch_lightning", "zero2", ""),
     "pytorch_lightning, spawn": ("", "pytorch_lightning", "zero3_spawn", ""),
 }
+THOROUGH = ("torchrun, rank 0 raises", "torchrun in SLURM, rank 1 diverges")  # only they have what they show
 LIMIT = 30.0  # seconds in which all ranks must have ended once one has failed
 
 
@@ -138,8 +139,8 @@ def started_by(launcher: str) -> tuple[tuple[str, ...], dict[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Finished]:
-    """Every case, two at a time."""
+def finished(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> dict[str, Finished]:
+    """Every case that is asked for, two at a time."""
 
     def run(case: str) -> Finished:
         launcher, *arguments = CASES[case]
@@ -152,10 +153,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Finished]:
         return Finished(done.code, done.output, folder, time.time())
 
     cases = [case for case in CASES if CASES[case][1] == "lightning" or importlib.util.find_spec(CASES[case][1])]
+    cases = [case for case in cases if case not in THOROUGH or pytestconfig.getoption("--thorough")]
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(cases, pool.map(run, cases), strict=True))
 
 
+@pytest.mark.thorough(*THOROUGH)
 @pytest.mark.parametrize(
     ("case", "strategy"),
     [
@@ -175,6 +178,7 @@ def test_two_processes_train_together(finished, case, strategy):
     assert second["weights"] == {}
 
 
+@pytest.mark.thorough
 def test_torchrun_inside_slurm(finished):
     """PL#18466: in an allocation, torchrun says who the ranks are, and SLURM's variables, which know one task a node,
     do not.
@@ -221,6 +225,7 @@ def test_spawn_under_the_other_name_of_lightning(finished):
     assert mine["forward"] == alone["forward"]
 
 
+@pytest.mark.thorough(*THOROUGH)
 @pytest.mark.parametrize(
     ("case", "words"),
     [

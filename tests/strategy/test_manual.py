@@ -110,6 +110,7 @@ def in_stages(
     return ranks(size).run(train_all, fits, folder / "ranks", timeout=120)[0], alone
 
 
+@pytest.mark.thorough("twice", "skipped", "dangling", "frozen")
 @pytest.mark.parametrize("how", ["toggled", "dangling", "summed", "skipped", "twice", "clipped", "frozen"])
 def test_two_optimizers_equal_one_device(ranks, tmp_path, how):
     # All stages where gradients of one optimizer meet those of the other, or wait; else one that shards nothing but the
@@ -133,6 +134,7 @@ def test_the_ways_to_train_differ(tmp_path):
         assert distance(outcomes[how].weights, outcomes["toggled"].weights) > 1e-3
 
 
+@pytest.mark.thorough
 def test_in_bf16_mixed_two_optimizers_follow_one_device(ranks, tmp_path):
     stages, alone = in_stages(ranks, 2, tmp_path, module=GAN, trainer={"precision": "bf16-mixed"})
     for each in stages:
@@ -152,6 +154,7 @@ def save_and_go_on(stage: str, size: int, folder: Path) -> tuple[Outcome, Outcom
     return whole, train(Fit({"zero": stage}, size, module=GAN, epochs=4, resume=path), folder / "second")
 
 
+@pytest.mark.thorough("none")
 @pytest.mark.parametrize("stage", ["none", "stage3"])
 def test_both_optimizers_go_on_from_a_checkpoint(ranks, tmp_path, stage):
     whole, resumed = ranks(2).run(save_and_go_on, stage, 2, tmp_path, timeout=120)[0]

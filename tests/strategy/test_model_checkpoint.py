@@ -55,6 +55,7 @@ def fit_and_use(fit: Fit, folder: Path, last: Any) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.thorough("full-stage2-True", "sharded-stage3-link")
 @pytest.mark.parametrize("last", [True, "link"])
 @pytest.mark.parametrize(("form", "stage"), [("full", "stage2"), ("sharded", "stage3")])
 def test_top_k_best_and_last(ranks, tmp_path, form, stage, last):

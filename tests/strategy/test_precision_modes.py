@@ -27,6 +27,7 @@ Ranks = Callable[[int], RankPool]
 FP16 = 2.0**-12
 
 
+@pytest.mark.thorough("64-true", "16-true")
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize(
     ("mode", "optimizer", "weights", "logged"),

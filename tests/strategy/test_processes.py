@@ -27,6 +27,8 @@ from tests.strategy.harness import STAGES, LitGPT, distance, loaders, make_train
 from tests.strategy.herd import CASES, FIT
 from tests.strategy.test_clusters import environment
 
+pytestmark = pytest.mark.thorough
+
 FAILING = {name: case for name, case in CASES.items() if "rank" in name}
 LATE = "built late"
 LIMIT = 30.0  # seconds in which a job must have ended once a rank has failed

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, TensorDataset
@@ -50,6 +51,7 @@ def all_orders(folder: Path) -> list[list[dict[int, list[int]]]]:
     return found
 
 
+@pytest.mark.thorough
 def test_a_resumed_epoch_is_shuffled_as_itself(ranks, tmp_path):
     for whole, resumed in ranks(1).run(all_orders, tmp_path, timeout=200)[0]:
         assert [sorted(order) for order in whole.values()] == [list(range(ROWS))] * 2

@@ -79,6 +79,7 @@ class WithExample(LitGPT):
         return self.model(tokens)
 
 
+@pytest.mark.thorough("LitGPT")
 @pytest.mark.parametrize("module", [LitGPT, WithExample])
 def test_the_summary_counts_true_parameters(ranks, tmp_path, module):
     fit = replace(FIT, module=module, look=summary)
@@ -141,6 +142,7 @@ def run_all(fit: Fit, folder: Path) -> dict[str, Any]:
     return {**found, "predicted": torch.cat(predicted)}
 
 
+@pytest.mark.thorough("none-bf16", "stage3-bf16", "stage2-32")
 @pytest.mark.parametrize(
     ("stage", "precision", "close"),
     [

@@ -75,6 +75,7 @@ def test_what_is_dropped_and_what_is_kept_shows(expected):
     assert len({weights.sum().item() for weights in map(expected.get, ("r", "rr", "zr", "rzr", "rrr"))}) == 5
 
 
+@pytest.mark.thorough("stage1", "none-")
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize(("stage", "way"), WAYS)
 def test_gradients_add_up_until_they_are_dropped(ranks, expected, stage, way, size):

@@ -27,6 +27,7 @@ def all_stages(run: Run, accumulate: str | None) -> list[Outcome]:
     return [with_engine(run, Zero(stage, accumulate=accumulate)) for stage in stages]
 
 
+@pytest.mark.thorough("momentum-3-0.05", "adamw-3-0.0-", "momentum-1-0.0-4")
 @pytest.mark.parametrize(("optimizer", "micro_batches", "clip", "size"), CASES)
 def test_losses_and_weights_equal_one_process(ranks, size, optimizer, micro_batches, clip):
     run = Run(optimizer=optimizer, micro_batches=micro_batches, clip=clip)
@@ -43,6 +44,7 @@ def test_losses_and_weights_equal_one_process(ranks, size, optimizer, micro_batc
             assert outcome.losses == first.losses
 
 
+@pytest.mark.thorough("1-4")
 @pytest.mark.parametrize(("micro_batches", "size"), [(3, 1), (3, 2), (1, 4)])
 def test_fp32_equals_one_process_to_a_millionth(ranks, size, micro_batches):
     run = Run(optimizer=momentum, micro_batches=micro_batches, clip=0.5, dtype=torch.float32)

@@ -314,9 +314,6 @@ RUNS = {
 CUT = ("checkpoint", "frozen", "unused, accumulated", "sometimes used", "shared block", "empty")
 
 
-FOUR = [pytest.param(name, 4, marks=() if name == "frozen" else pytest.mark.thorough) for name in CUT]
-
-
 def all_stages(name: str) -> list[Any]:
     run = RUNS[name]
     run.steps = 5
@@ -324,7 +321,8 @@ def all_stages(name: str) -> list[Any]:
     return [*outcomes, *(with_engine(run, Zero("stage3", slots=slots, poison=True)) for slots in (1, 2))]
 
 
-@pytest.mark.parametrize(("name", "size"), [*((name, 2) for name in RUNS), *itertools.product(CUT, (1,)), *FOUR])
+@pytest.mark.thorough(*(f"{name}-4" for name in CUT if name != "frozen"))
+@pytest.mark.parametrize(("name", "size"), [*((name, 2) for name in RUNS), *itertools.product(CUT, (1, 4))])
 def test_equals_one_process(ranks, size, name):
     RUNS[name].steps = 5
     expected = one_process(RUNS[name])
