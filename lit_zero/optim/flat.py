@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -37,6 +38,8 @@ class Flat(torch.optim.Optimizer):
     counts: ClassVar[bool] = True  # there is a number of steps among the states
     _fused: str
     _tables: Tables
+    _copies: Mapping[nn.Parameter, torch.Tensor] = MappingProxyType({})
+    has_copied = False
 
     def __init__(self, params: Any, *args: Any, fused: str = "auto", **kwargs: Any) -> None:
         self._choose(fused, kwargs)
@@ -57,6 +60,10 @@ class Flat(torch.optim.Optimizer):
         vars(self).setdefault("_fused", "auto")
         vars(self).setdefault("_tables", Tables())
         vars(self).setdefault("_step_supports_amp_scaling", self._fused == "auto")
+
+    def take_copies(self, copies: Mapping[nn.Parameter, torch.Tensor]) -> None:
+        """See :class:`~lit_zero.core.copying.TakesCopies`."""
+        self._copies, self.has_copied = copies, False
 
     # ---- what an optimizer says of itself
 
@@ -92,15 +99,14 @@ class Flat(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         held = list(self._held())
+        self.has_copied = False
         for group in self.param_groups:
             if "fused" in self.defaults:  # the groups of a checkpoint may have been of another mind
                 group["fused"] = all(map(_is_torchs_own, group["params"]))
         if held and (all(map(_walkable, held)) or any(self._needs_walk(group) for group, _ in held)):
             self._walk(held)
-        elif not self._overflown():
-            for group, param in held:
-                self._prepare(group, param)
-            self._plain_step(None)
+        else:
+            self._leave_to_torch(held)
         return loss
 
     def _held(self) -> Iterator[tuple[dict[str, Any], nn.Parameter]]:
@@ -109,10 +115,24 @@ class Flat(torch.optim.Optimizer):
                 if param.grad is not None:
                     yield group, param
 
-    def _overflown(self) -> bool:
-        """Return whether a loss scaler has found, on the CPU, that this step is to be skipped."""
-        found = getattr(self, "found_inf", None)
-        return found is not None and found.device.type == "cpu" and bool(found)
+    def _leave_to_torch(self, held: Sequence[tuple[dict[str, Any], nn.Parameter]]) -> None:
+        """Step by torch's fused kernels, or what it has where those cannot."""
+        fused = all(group["fused"] for group, _ in held)
+        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        # torch's kernels see for themselves, but leave a momentum without values behind if the first step is skipped.
+        if found_inf is not None and (found_inf.device.type == "cpu" or not fused) and bool(found_inf):
+            return
+        for group, param in held:
+            self._prepare(group, param)
+        if fused or grad_scale is None:
+            self._plain_step(None)
+            return
+        for _, param in held:
+            assert param.grad is not None
+            param.grad.div_(grad_scale.to(param.device))
+        vars(self).update(found_inf=None, grad_scale=None)
+        self._plain_step(None)
+        vars(self).update(found_inf=found_inf, grad_scale=grad_scale)
 
     def _plain_step(self, closure: Callable[[], Any] | None) -> Any:
         """Step as torch's class does."""
@@ -137,6 +157,7 @@ class Flat(torch.optim.Optimizer):
             factor = None if grad_scale is None else grad_scale.to(device, torch.float64).reciprocal().float()
             found = None if found_inf is None else found_inf.to(device, torch.float32)
             self._kernel()(each, list(numbers), factor, found, self._tables)
+        self.has_copied = True
 
     def _begins(self, group: dict[str, Any], param: nn.Parameter) -> bool:
         state = self.state.get(param, {})
@@ -144,25 +165,24 @@ class Flat(torch.optim.Optimizer):
 
     def _prepare(self, group: dict[str, Any], param: nn.Parameter) -> None:
         """Make what is missing of a parameter's states, and bring the count of steps to where kernels expect it."""
-        state = self.state[param]
         if self.counts:
-            step = state.get("step", 0.0)
-            state["step"] = torch.as_tensor(step, dtype=torch.float32, device=param.device)
+            state = self.state[param]
+            state["step"] = torch.as_tensor(state.get("step", 0.0), dtype=torch.float32, device=param.device)
         for key in self._keys(group):
+            state = self.state[param]
             if state.get(key) is None:
                 state[key] = torch.full_like(param, self._first_value(group), memory_format=torch.preserve_format)
+            state[key] = _like(state[key], param)
 
     def _segment(self, number: int, group: dict[str, Any], param: nn.Parameter) -> Segment:
-        state = self.state[param]
-        for key in self._keys(group):
-            state[key] = _like(state[key], param)
         assert param.grad is not None
         return Segment(
             number,
             _flattened(param.detach()),
             _flattened(_like(param.grad, param)),
-            tuple(_flattened(state[key]) for key in self._keys(group)),
-            state["step"] if self.counts else None,
+            tuple(_flattened(self.state[param][key]) for key in self._keys(group)),
+            self.state[param]["step"] if self.counts else None,
+            self._copies.get(param),
         )
 
 
@@ -190,13 +210,21 @@ def _walkable(held: tuple[dict[str, Any], nn.Parameter]) -> bool:
 
 
 def _is_torchs_own(param: torch.Tensor) -> bool:
-    """Return whether torch's fused kernels can step a parameter."""
+    """Return whether torch's fused kernels can step a parameter. Those for a CPU walk through memory as if parameter
+    and gradient filled it in one order, and check neither.
+    """
     grad = param.grad
-    return param.is_floating_point() and (grad is None or grad.layout == torch.strided)
+    if grad is None:
+        return True
+    if not param.is_floating_point() or grad.layout != torch.strided:
+        return False
+    return param.is_cuda or (is_dense(param) and _like(grad, param) is grad)
 
 
 def is_dense(tensor: torch.Tensor) -> bool:
     """Return whether the elements of a tensor fill its memory without a gap, in whatever order of dimensions."""
+    if tensor.is_contiguous():
+        return True
     expected = 1
     for stride, size in sorted((stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
         if size != 1 and stride != expected:
@@ -207,7 +235,7 @@ def is_dense(tensor: torch.Tensor) -> bool:
 
 def _like(tensor: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
     """Return a tensor with its elements in the order of ``param``'s."""
-    if tensor.stride() == param.stride() or (tensor.is_contiguous() and param.is_contiguous()):
+    if tensor.stride() == param.stride() or (tensor.is_contiguous() and param.is_contiguous()) or not is_dense(param):
         return tensor
     return torch.empty_like(param, dtype=tensor.dtype, memory_format=torch.preserve_format).copy_(tensor)
 
