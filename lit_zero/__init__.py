@@ -4,6 +4,7 @@ Importing the package registers the strategies ``zero0`` to ``zero3`` (and ``zer
 config groups of ``lit_zero.conf`` with Hydra.
 """
 
+from lit_zero import optim
 from lit_zero._version import __version__
 from lit_zero.activation import Activation
 from lit_zero.checkpoint import Checkpoint
@@ -27,6 +28,7 @@ __all__ = [
     "ZeroStrategy",
     "__version__",
     "load_pretrained",
+    "optim",
 ]
 
 _register_strategies()

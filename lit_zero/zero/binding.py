@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lit_zero.core.copying import TakesCopies
 from lit_zero.core.errors import LitZeroError
 from lit_zero.zero.info import ParamInfo
 from lit_zero.zero.lane import Lane
@@ -52,6 +53,10 @@ class Binding(States, Walking):
         self.segments: list[Segment] = []
         self.granular = self._shaped = shaped
         self._taken = []
+        if getattr(optimizer, "_step_supports_amp_scaling", False):
+            # A loss scaler is then to unscale before the step, as it does for others: what is clipped are the true
+            # gradients, and all ranks have agreed on an overflow before one of them steps.
+            vars(optimizer)["_step_supports_amp_scaling"] = False
         self._point()
 
     @property
@@ -84,6 +89,14 @@ class Binding(States, Walking):
         if not self.segments and self._lanes and self.group_names:
             # This rank's shards hold nothing of the optimizer's. An empty segment tells it when gradients are dropped.
             self._hold(Segment(self._lanes[0], 0, 0, nn.Parameter(self._lanes[0].master.part(0, 0).stand_in())), 0)
+        if isinstance(self.optimizer, TakesCopies):
+            copies = ((segment.param, segment.lane.copy_of(segment.first, segment.last)) for segment in self.segments)
+            self.optimizer.take_copies({param: copy for param, copy in copies if copy is not None})
+
+    @property
+    def has_copied(self) -> bool:
+        """Whether the last step has brought the 2-byte copies of parameters up to date by itself."""
+        return isinstance(self.optimizer, TakesCopies) and self.optimizer.has_copied
 
     def _hold(self, segment: Segment, number: int) -> None:
         self.segments.append(segment)

@@ -365,23 +365,24 @@ class Engine(Clipping, Contents):
         refuse_lost_changes(self.lanes, self._training)
         for lane in binding.lanes:
             lane.count_step()
-        self.refresh(binding.lanes, stepped=True)
+        self.refresh(binding.lanes, stepped=True, copied=binding.has_copied)
         if self._keep:  # the same training step may go on to use parameters, and not through a module that we watch
             self._gatherer.need(self.root)
 
-    def refresh(self, lanes: Sequence[Lane] | None = None, stepped: bool = False) -> None:
+    def refresh(self, lanes: Sequence[Lane] | None = None, stepped: bool = False, copied: bool = False) -> None:
         """Make the masters' present values the parameters: call it after anything has written to the masters. All
         ranks together.
 
         Args:
             lanes: whose masters; ``None``: all.
             stepped: by the optimizer, which has spread what lives elsewhere.
+            copied: the step has written the 2-byte copies on the device too.
         """
         changed = self.lanes if lanes is None else lanes
         if not stepped:
             self.join()
         for lane in changed:
-            if not (stepped and lane.keeper.away):
+            if not (copied or (stepped and lane.keeper.away)):
                 lane.publish()
         if self.row.optimizer is Placement.SHARD:
             self._gatherer.invalidate(set(changed))

@@ -226,6 +226,12 @@ class Lane(Gradients):
         elif self.shard is not self.master:
             self.shard.write(0, self.master.read())
 
+    def copy_of(self, first: int, last: int) -> torch.Tensor | None:
+        """Return where the 2-byte copy of elements ``[first, last)`` of the master lies, if the device has both."""
+        if self.full is None or not self.lowered or self.keeper.away or self.row.parameter is not Placement.REPLICATE:
+            return None
+        return self.full[self.master_start + first : self.master_start + last]
+
     def take_from_first_holder(self, exchange: Exchange) -> None:
         """Overwrite the master with what the first of the ranks that hold the same has.
 

@@ -1,0 +1,37 @@
+"""Adagrad."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from lit_zero.kernels import AdagradGroup, adagrad_step
+from lit_zero.optim.flat import Flat
+
+
+class Adagrad(Flat, torch.optim.Adagrad):
+    """``torch.optim.Adagrad`` that steps flat, see :class:`~lit_zero.optim.flat.Flat`. States are made by the first
+    step and not before: a strategy puts shards in the place of parameters in between.
+    """
+
+    plain = torch.optim.Adagrad
+
+    def __init__(self, params: Any, *args: Any, fused: str = "auto", **kwargs: Any) -> None:
+        super().__init__(params, *args, fused=fused, **kwargs)
+        if fused == "auto":
+            self.state.clear()
+
+    def _keys(self, group: dict[str, Any]) -> Sequence[str]:
+        return ("sum",)
+
+    def _numbers(self, group: dict[str, Any], begins: bool) -> AdagradGroup:
+        lr, decay = float(group["lr"]), group["lr_decay"]
+        return AdagradGroup(lr, decay, group["eps"], group["weight_decay"], group["maximize"])
+
+    def _kernel(self) -> Callable[..., None]:
+        return adagrad_step
+
+    def _first_value(self, group: dict[str, Any]) -> float:
+        return float(group["initial_accumulator_value"])

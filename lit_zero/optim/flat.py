@@ -1,0 +1,256 @@
+"""What the optimizers share: which parameters a kernel steps, the states it needs, and what is left to torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from lit_zero.core.errors import ConfigError, UnsupportedError, check_choice
+from lit_zero.kernels import Segment, Tables, runs_kernel
+from lit_zero.kernels.segments import STEPPED
+
+FUSED = ("auto", "none")
+_OTHERS = ("foreach", "capturable", "differentiable")  # other ways to step that torch's classes have
+
+
+class Flat(torch.optim.Optimizer):
+    """Comes before torch's class among the bases of an optimizer, and steps where a kernel can.
+
+    The step reads nothing back from the device. Which way it takes is asked anew in each step, since a checkpoint or a
+    strategy may have put other tensors in the groups: a kernel of ours where all parameters lie on a GPU, in fp32, bf16
+    or fp16; torch's own fused kernels else.
+
+    Args:
+        params: as of torch's class.
+        args: as of torch's class.
+        fused: ``auto``, or ``none`` for what torch's class does by default.
+        kwargs: as of torch's class.
+
+    Raises:
+        ConfigError: for an unknown choice, or a setting of torch's that has no effect beside it.
+    """
+
+    plain: ClassVar[type[torch.optim.Optimizer]]  # torch's class
+    counts: ClassVar[bool] = True  # there is a number of steps among the states
+    _fused: str
+    _tables: Tables
+    _copies: Mapping[nn.Parameter, torch.Tensor] = MappingProxyType({})
+    has_copied = False
+
+    def __init__(self, params: Any, *args: Any, fused: str = "auto", **kwargs: Any) -> None:
+        self._choose(fused, kwargs)
+        super().__init__(params, *args, fused=fused == "auto" or None, **kwargs)  # type: ignore[call-arg]
+
+    def _choose(self, fused: str, settings: dict[str, Any]) -> None:
+        check_choice("optimizer.fused", fused, FUSED)
+        if fused == "auto":
+            refuse_other_ways(type(self).__name__, settings)
+        self._fused, self._tables = fused, Tables()
+        self._step_supports_amp_scaling = fused == "auto"  # a loss scaler gives the step its scale and its verdict
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_fused": self._fused}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        vars(self).setdefault("_fused", "auto")
+        vars(self).setdefault("_tables", Tables())
+        vars(self).setdefault("_step_supports_amp_scaling", self._fused == "auto")
+
+    def take_copies(self, copies: Mapping[nn.Parameter, torch.Tensor]) -> None:
+        """See :class:`~lit_zero.core.copying.TakesCopies`."""
+        self._copies, self.has_copied = copies, False
+
+    # ---- what an optimizer says of itself
+
+    def _keys(self, group: dict[str, Any]) -> Sequence[str]:
+        """Return the names of the states that have an element for each of a parameter's."""
+        raise NotImplementedError
+
+    def _numbers(self, group: dict[str, Any], begins: bool) -> Any:
+        """Return the hyper-parameters of a group as the kernel takes them; ``begins``: its states are new."""
+        raise NotImplementedError
+
+    def _kernel(self) -> Callable[..., None]:
+        """Return the function of ``lit_zero.kernels`` that steps segments."""
+        raise NotImplementedError
+
+    def _first_value(self, group: dict[str, Any]) -> float:
+        """Return what new states hold."""
+        return 0.0
+
+    def _needs_walk(self, group: dict[str, Any]) -> bool:
+        """Return whether torch's fused kernels cannot step the group's parameters as its class does."""
+        return False
+
+    # ---- the step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Step every parameter that has a gradient; return what ``closure``, which is called first, has returned."""
+        if self._fused == "none":
+            return self._plain_step(closure)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        held = list(self._held())
+        self.has_copied = False
+        for group in self.param_groups:
+            if "fused" in self.defaults:  # the groups of a checkpoint may have been of another mind
+                group["fused"] = all(map(_is_torchs_own, group["params"]))
+        if held and (all(map(_walkable, held)) or any(self._needs_walk(group) for group, _ in held)):
+            self._walk(held)
+        else:
+            self._leave_to_torch(held)
+        return loss
+
+    def _held(self) -> Iterator[tuple[dict[str, Any], nn.Parameter]]:
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    yield group, param
+
+    def _leave_to_torch(self, held: Sequence[tuple[dict[str, Any], nn.Parameter]]) -> None:
+        """Step by torch's fused kernels, or what it has where those cannot."""
+        fused = all(group["fused"] for group, _ in held)
+        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        # torch's kernels see for themselves, but leave a momentum without values behind if the first step is skipped.
+        if found_inf is not None and (found_inf.device.type == "cpu" or not fused) and bool(found_inf):
+            return
+        for group, param in held:
+            self._prepare(group, param)
+        if fused or grad_scale is None:
+            self._plain_step(None)
+            return
+        for _, param in held:
+            assert param.grad is not None
+            param.grad.div_(grad_scale.to(param.device))
+        vars(self).update(found_inf=None, grad_scale=None)
+        self._plain_step(None)
+        vars(self).update(found_inf=found_inf, grad_scale=grad_scale)
+
+    def _plain_step(self, closure: Callable[[], Any] | None) -> Any:
+        """Step as torch's class does."""
+        step: Any = self.plain.step
+        # Hooks run around our own step. torch puts them around the class's the first time it is instantiated.
+        return (step.__wrapped__ if getattr(step, "hooked", False) else step)(self, closure)
+
+    def _walk(self, held: Sequence[tuple[dict[str, Any], nn.Parameter]]) -> None:
+        """Step segments, all of a device together."""
+        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        numbers: dict[Any, int] = {}
+        segments: dict[torch.device, list[Segment]] = {}
+        for group, param in held:
+            if self._needs_walk(group) and self._begins(group, param) and found_inf is not None and bool(found_inf):
+                return
+            begins = self._begins(group, param)
+            self._prepare(group, param)
+            number = numbers.setdefault(self._numbers(group, begins), len(numbers))
+            segments.setdefault(param.device, []).append(self._segment(number, group, param))
+        for device, each in segments.items():
+            # torch's scale is what gradients are divided by.
+            factor = None if grad_scale is None else grad_scale.to(device, torch.float64).reciprocal().float()
+            found = None if found_inf is None else found_inf.to(device, torch.float32)
+            self._kernel()(each, list(numbers), factor, found, self._tables)
+        self.has_copied = True
+
+    def _begins(self, group: dict[str, Any], param: nn.Parameter) -> bool:
+        state = self.state.get(param, {})
+        return any(state.get(key) is None for key in self._keys(group))
+
+    def _prepare(self, group: dict[str, Any], param: nn.Parameter) -> None:
+        """Make what is missing of a parameter's states, and bring the count of steps to where kernels expect it."""
+        if self.counts:
+            state = self.state[param]
+            state["step"] = torch.as_tensor(state.get("step", 0.0), dtype=torch.float32, device=param.device)
+        for key in self._keys(group):
+            state = self.state[param]
+            if state.get(key) is None:
+                state[key] = torch.full_like(param, self._first_value(group), memory_format=torch.preserve_format)
+            state[key] = _like(state[key], param)
+
+    def _segment(self, number: int, group: dict[str, Any], param: nn.Parameter) -> Segment:
+        assert param.grad is not None
+        return Segment(
+            number,
+            _flattened(param.detach()),
+            _flattened(_like(param.grad, param)),
+            tuple(_flattened(self.state[param][key]) for key in self._keys(group)),
+            self.state[param]["step"] if self.counts else None,
+            self._copies.get(param),
+        )
+
+
+def refuse_other_ways(name: str, settings: dict[str, Any]) -> None:
+    """Refuse another way to step, beside ``fused="auto"``.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    for key in _OTHERS:
+        if settings.get(key):
+            raise ConfigError(
+                f"optimizer.{key}={settings[key]} of {name} has no effect with optimizer.fused='auto', which steps by "
+                f"fused kernels. Remove it, or use optimizer.fused='none'."
+            )
+
+
+def _walkable(held: tuple[dict[str, Any], nn.Parameter]) -> bool:
+    """Return whether a kernel of ours steps a parameter."""
+    _, param = held
+    grad = param.grad
+    assert grad is not None
+    known = param.dtype in STEPPED and grad.dtype in STEPPED and grad.layout == torch.strided
+    return known and runs_kernel(param) and is_dense(param)
+
+
+def _is_torchs_own(param: torch.Tensor) -> bool:
+    """Return whether torch's fused kernels can step a parameter. Those for a CPU walk through memory as if parameter
+    and gradient filled it in one order, and check neither.
+    """
+    grad = param.grad
+    if grad is None:
+        return True
+    if not param.is_floating_point() or grad.layout != torch.strided:
+        return False
+    return param.is_cuda or (is_dense(param) and _like(grad, param) is grad)
+
+
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Return whether the elements of a tensor fill its memory without a gap, in whatever order of dimensions."""
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted((stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        if size != 1 and stride != expected:
+            return tensor.numel() == 0
+        expected *= size
+    return True
+
+
+def _like(tensor: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
+    """Return a tensor with its elements in the order of ``param``'s."""
+    if tensor.stride() == param.stride() or (tensor.is_contiguous() and param.is_contiguous()) or not is_dense(param):
+        return tensor
+    return torch.empty_like(param, dtype=tensor.dtype, memory_format=torch.preserve_format).copy_(tensor)
+
+
+def _flattened(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the elements of a dense tensor as they lie in memory.
+
+    Raises:
+        UnsupportedError: if there are others between them.
+    """
+    if tensor.is_contiguous():
+        return tensor.view(-1)
+    if not is_dense(tensor):
+        raise UnsupportedError(
+            f"A parameter of shape {tuple(tensor.shape)} and stride {tensor.stride()} has gaps in its memory, and this "
+            "optimizer steps flat memory. Make the parameter contiguous."
+        )
+    return tensor.permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True)).view(-1)
