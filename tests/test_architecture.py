@@ -34,6 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "lit_zero.checkpoint": {"lit_zero.core", "lit_zero.comm.world", "lit_zero._version"},
     "lit_zero.pipeline": {"lit_zero.core", "lit_zero.comm.transport", "lit_zero.comm.graph_cut"},
     "lit_zero.offload": {"lit_zero.core"},
+    "lit_zero.optim": {"lit_zero.core", "lit_zero.kernels"},
     "lit_zero.config": {"lit_zero.core"},
     "lit_zero.strategy": {
         "lit_zero.core",
