@@ -21,10 +21,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric
 
 from lit_zero.core.errors import ConfigError
+from lit_zero.optim import Muon
 
 __all__ = ["GPT", "BitsPerByte", "LitGPT", "generate", "warmup_cosine"]
 
 
+OUTER = ("token_embedding", "position_embedding", "head")  # layers of GPT that touch tokens
 ADAMW = partial(torch.optim.AdamW, lr=1e-3)
 
 
@@ -166,7 +168,12 @@ class LitGPT(pl.LightningModule):
         parameters = [p for p in self.parameters() if p.requires_grad]
         decayed = [p for p in parameters if p.ndim >= 2]
         others = [p for p in parameters if p.ndim < 2]
-        optimizer = self.optimizer([{"params": decayed}, {"params": others, "weight_decay": 0.0}])
+        groups: list[dict[str, Any]] = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+        if getattr(self.optimizer, "func", self.optimizer) is Muon:  # not meant for what touches tokens
+            outer = {id(p) for name in OUTER for p in self.gpt.get_submodule(name).parameters()}
+            groups[0]["params"] = [p for p in decayed if id(p) not in outer]
+            groups.append({"params": [p for p in decayed if id(p) in outer], "use_muon": False})
+        optimizer = self.optimizer(groups)
         if self.scheduler is None:
             return optimizer
         arguments = {}

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 
 from lit_zero.comm import process_group
-from lit_zero.comm.exchange import Done, Exchange, Gather, Reduce, Ticket, finish_sum
+from lit_zero.comm.exchange import Done, Exchange, Gather, Reduce, Swap, Ticket, finish_sum
 from lit_zero.comm.shared import Address, Neighbour, Place, make_arena
 
 LARGE_BYTES = 1 << 20  # of a rank's part, from which near peers read in place
@@ -103,6 +103,12 @@ class DirectExchange(Exchange):
             if lane.whole:
                 self.counters.count(part, self.size - 1)
         return self._submit(lambda: self._reduce(lanes))
+
+    def all_to_all(self, swap: Swap) -> Ticket:
+        self.counters.swaps += 1
+        for peer in self._peers:
+            self.counters.count(swap.sent[peer], 1)
+        return self._submit(lambda: self._swap_all(swap))
 
     def sum_in_rank_order(self, value: torch.Tensor) -> torch.Tensor:
         return self._everyones(value).sum(0)
@@ -294,6 +300,14 @@ class DirectExchange(Exchange):
         if part.element_size() < 4 and self._reduce_dtype is not None:
             return total.to(self._reduce_dtype).add_(part.to(self._reduce_dtype))
         return torch.add(total, part, out=out)
+
+    def _swap_all(self, swap: Swap) -> None:
+        sent = [peer for peer in self._peers if swap.sent[peer].numel()]
+        received = [peer for peer in self._peers if swap.received[peer].numel()]
+        works = [dist.irecv(swap.received[peer], group=self._group, group_src=peer) for peer in received]
+        works += [dist.isend(swap.sent[peer], group=self._group, group_dst=peer) for peer in sent]
+        swap.received[self.rank].copy_(swap.sent[self.rank])
+        _wait(works)
 
     def _submit(self, job: Callable[[], None]) -> Ticket:
         if self._thread is None:

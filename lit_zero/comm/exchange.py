@@ -14,7 +14,7 @@ import torch
 
 from lit_zero.core.ticket import DONE, Done, Ticket
 
-__all__ = ["Counters", "Done", "Exchange", "Gather", "Reduce", "Ticket", "finish_sum"]
+__all__ = ["Counters", "Done", "Exchange", "Gather", "Reduce", "Swap", "Ticket", "finish_sum"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,19 @@ class Reduce:
     whole: bool = False
 
 
+@dataclass(frozen=True)
+class Swap:
+    """What every rank sends to every other one.
+
+    Attributes:
+        sent: what goes to each rank, in rank order; any lengths, one dtype.
+        received: receives what each rank sends here, as long as that is.
+    """
+
+    sent: Sequence[torch.Tensor]
+    received: Sequence[torch.Tensor]
+
+
 @dataclass
 class Counters:
     """What this rank has sent since the last ``reset``.
@@ -62,12 +75,14 @@ class Counters:
         sent_bytes: the same in bytes.
         gathers: gather calls.
         reductions: reduction calls.
+        swaps: calls in which each rank sends something of its own to each.
     """
 
     sent_elements: int = 0
     sent_bytes: int = 0
     gathers: int = 0
     reductions: int = 0
+    swaps: int = 0
 
     def count(self, part: torch.Tensor, peers: int) -> None:
         """Note that ``part`` (shape ``[n]``) goes to ``peers`` other ranks."""
@@ -76,7 +91,7 @@ class Counters:
 
     def reset(self) -> None:
         """Start counting anew."""
-        self.sent_elements = self.sent_bytes = self.gathers = self.reductions = 0
+        self.sent_elements = self.sent_bytes = self.gathers = self.reductions = self.swaps = 0
 
 
 class Exchange:
@@ -105,6 +120,11 @@ class Exchange:
         """Sum every lane over ranks, in rank order, and leave each rank its part."""
         for lane in lanes:
             finish_sum(lane, lane.full)
+        return Done()
+
+    def all_to_all(self, swap: Swap) -> Ticket:
+        """Fill every tensor of ``received`` with what that rank sends to this one."""
+        swap.received[0].copy_(swap.sent[0])
         return Done()
 
     def sum_in_rank_order(self, value: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from lit_zero.comm import process_group
 from lit_zero.comm.compat import all_gather_single, reduce_scatter_single
-from lit_zero.comm.exchange import Done, Exchange, Gather, Reduce, Ticket, finish_sum
+from lit_zero.comm.exchange import Done, Exchange, Gather, Reduce, Swap, Ticket, finish_sum
 
 
 class _StreamTicket:
@@ -102,6 +102,18 @@ class NativeExchange(Exchange):
         if lane.whole:
             self.counters.count(lane.own, self.size - 1)
             all_gather_single(lane.full, lane.own, group=self._reductions.group)
+
+    def all_to_all(self, swap: Swap) -> Ticket:
+        self.counters.swaps += 1
+        for peer, tensor in enumerate(swap.sent):
+            self.counters.count(tensor, int(peer != self.rank))
+        coming, going = ([tensor.numel() for tensor in tensors] for tensors in (swap.received, swap.sent))
+        with torch.no_grad(), self._reductions.enter():
+            sent, received = torch.cat(list(swap.sent)), swap.received[0].new_empty(sum(coming))
+            dist.all_to_all_single(received, sent, coming, going, group=self._reductions.group)
+            for tensor, part in zip(swap.received, received.split(coming), strict=True):
+                tensor.copy_(part)
+            return self._reductions.ticket()
 
     def sum_in_rank_order(self, value: torch.Tensor) -> torch.Tensor:
         return self._everyones(value).sum(0)

@@ -195,10 +195,21 @@ class OptimizerSchema(Factory):
 
 @dataclass
 class AdamSchema(OptimizerSchema):
-    """``optimizer=adamw`` and ``optimizer=adam``."""
+    """``optimizer=adamw``, ``adam`` and ``lamb``."""
 
     betas: list[float] = MISSING
     eps: float = MISSING
+
+
+@dataclass
+class MuonSchema(AdamSchema):
+    """``optimizer=muon``."""
+
+    momentum: float = MISSING
+    nesterov: bool = MISSING
+    adjust_lr_fn: str = MISSING
+    ns_steps: int = MISSING
+    ns_dtype: str = MISSING
 
 
 @dataclass
@@ -288,7 +299,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
     },
     "offload": {"none": OffloadNone, "cpu": OffloadCpu, "disk": OffloadDisk},
     "precision": {"32-true": PrecisionTrue32, "16-true": PrecisionTrue16, "mixed": PrecisionMixed},
-    "optimizer": {"adam": AdamSchema, "sgd": SGDSchema},
+    "optimizer": {"adam": AdamSchema, "muon": MuonSchema, "sgd": SGDSchema},
     "scheduler": {"cosine": CosineSchema, "constant": ConstantSchema},
     "": {
         "checkpoint": CheckpointSchema,

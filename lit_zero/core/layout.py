@@ -110,6 +110,16 @@ class FlatLayout:
                 found.append(Overlap(entry, 0, 0, 0))
         return found
 
+    def ranges(self, entry: Entry) -> list[tuple[int, int]]:
+        """Return the ``[first, last)`` elements of one flattened parameter that each rank's shard holds, ``(0, 0)`` for
+        none.
+        """
+        found = []
+        for start, end in map(self.shard, range(self.world)):
+            lo, hi = max(entry.offset, start), min(entry.end, end)
+            found.append((lo - entry.offset, hi - entry.offset) if lo < hi else (0, 0))
+        return found
+
     def group_runs(self, start: int, end: int) -> list[tuple[int, int, int]]:
         """Return ``(group, first, last)`` runs that cover the parameters of ``[start, end)``.
 

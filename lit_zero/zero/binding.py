@@ -2,8 +2,9 @@
 
 ``configure_optimizers`` sees real parameters. Afterwards each parameter group holds *segments* instead: runs of a
 lane's master that belong to the group. An element-wise optimizer does to a segment exactly what it would do to the
-parameters in it. Hyper-parameters stay in the user's group dictionaries, so schedulers work unchanged; state is
-translated to and from single parameters where a checkpoint asks.
+parameters in it; one that looks at whole parameters (``core.shards``) holds a segment for each, on every rank.
+Hyper-parameters stay in the user's group dictionaries, so schedulers work unchanged; state is translated to and from
+single parameters where a checkpoint asks.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from torch import nn
 
 from lit_zero.core.copying import TakesCopies
 from lit_zero.core.errors import LitZeroError
+from lit_zero.core.layout import Entry
+from lit_zero.core.shards import WholeParameters
 from lit_zero.zero.info import ParamInfo
 from lit_zero.zero.lane import Lane
-from lit_zero.zero.policy import Placement
 from lit_zero.zero.segment import Segment, copied_value, is_elementwise, is_live
 from lit_zero.zero.states import States
 from lit_zero.zero.walking import Walking
@@ -51,7 +53,8 @@ class Binding(States, Walking):
         self._lanes, self._absent = [lane for lane in lanes if lane.optimizer == number], absent
         self._groups: list[dict[str, Any]] = []  # as the optimizer had them when its segments were made
         self.segments: list[Segment] = []
-        self.granular = self._shaped = shaped
+        self._shaped, self.looks_at_whole = shaped, isinstance(optimizer, WholeParameters)
+        self.granular = shaped or self.looks_at_whole
         self._taken = []
         if getattr(optimizer, "_step_supports_amp_scaling", False):
             # A loss scaler is then to unscale before the step, as it does for others: what is clipped are the true
@@ -71,21 +74,24 @@ class Binding(States, Walking):
             for group, first, last in lane.layout.group_runs(lane.master_start, lane.master_end):
                 yield lane, group, first, last
 
-    def _entries(self) -> Iterable[tuple[Lane, int, int, int]]:
+    def _entries(self) -> Iterable[tuple[Lane, Entry, int, int]]:
         for lane in self._lanes:
             for part in lane.master_overlaps():
-                if part.length:
-                    yield lane, part.entry.group, part.local, part.local + part.length
+                if part.length or self.looks_at_whole:
+                    yield lane, part.entry, part.local, part.local + part.length
 
     def _point(self) -> None:
         self.segments, self._groups = [], list(self.optimizer.param_groups)
         for group in self._groups:
             group["params"] = []
-        for lane, number, first, last in self._entries() if self.granular else self._runs():
-            view = lane.master.part(first, last).stand_in()
-            if self._shaped:
-                view = view.view(next(e.shape for e in lane.layout.entries if e.offset == first))
-            self._hold(Segment(lane, first, last, nn.Parameter(view)), number)
+        if self.granular:
+            for lane, entry, first, last in self._entries():
+                view = lane.master.part(first, last).stand_in()
+                view = view.view(entry.shape) if self._shaped else view
+                self._hold(Segment(lane, first, last, nn.Parameter(view), entry), entry.group)
+        else:
+            for lane, number, first, last in self._runs():
+                self._hold(Segment(lane, first, last, nn.Parameter(lane.master.part(first, last).stand_in())), number)
         if not self.segments and self._lanes and self.group_names:
             # This rank's shards hold nothing of the optimizer's. An empty segment tells it when gradients are dropped.
             self._hold(Segment(self._lanes[0], 0, 0, nn.Parameter(self._lanes[0].master.part(0, 0).stand_in())), 0)
@@ -224,9 +230,9 @@ class Binding(States, Walking):
         self._check_groups()
         grads: dict[Lane, torch.Tensor] = {}
         for segment in self.segments:
-            if segment.lane not in lanes and segment.first < segment.last:
+            if segment.lane not in lanes and (segment.first < segment.last or segment.entry is not None):
                 continue
-            if unreached and self._name(segment) in unreached:
+            if segment.entry is not None and segment.entry.name in unreached:
                 segment.param.grad = None
                 continue
             if segment.lane not in grads:
@@ -269,11 +275,6 @@ class Binding(States, Walking):
         for lane in self._lanes:
             lane.drop_gradients()
 
-    def _name(self, segment: Segment) -> str | None:
-        """Return the parameter that a granular segment is part of."""
-        position = segment.lane.master_start + segment.first
-        return next((e.name for e in segment.lane.layout.entries if e.offset <= position < e.end), None)
-
     @property
     def has_fp64(self) -> bool:
         """Whether any of its masters is fp64, those of other ranks of a pipeline included."""
@@ -292,11 +293,7 @@ class Binding(States, Walking):
             grad = segment.param.grad
             if grad is None or not segment.lane.counts:
                 continue
-            if segment.lane.row.optimizer is Placement.REPLICATE:
-                lo = max(segment.first, segment.lane.start)
-                hi = min(segment.last, segment.lane.end)
-                if lo >= hi:
-                    continue
-                grad = grad.view(-1)[lo - segment.first : hi - segment.first]
-            grads.append(grad)
+            grad = grad.view(-1)[segment.own]
+            if grad.numel():
+                grads.append(grad)
         return grads

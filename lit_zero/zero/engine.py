@@ -26,6 +26,7 @@ from lit_zero.comm.exchange import Exchange
 from lit_zero.core.errors import LitZeroError
 from lit_zero.core.holding import Holding
 from lit_zero.core.keeping import Keeping
+from lit_zero.core.shards import WholeParameters
 from lit_zero.precision.policy import Lowering
 from lit_zero.zero.agreeing import Reach, SharedBuffers
 from lit_zero.zero.between import backward_is_running, when_over
@@ -43,6 +44,7 @@ from lit_zero.zero.policy import Placement, Zero
 from lit_zero.zero.probe import is_shaped
 from lit_zero.zero.reducing import Reducer
 from lit_zero.zero.regroup import move, refuse_lost_state
+from lit_zero.zero.sharing import SegmentShards
 from lit_zero.zero.unit import Unit
 from lit_zero.zero.units import plan_units
 
@@ -155,6 +157,8 @@ class Engine(Clipping, Contents):
 
     def _bind(self, optimizer: torch.optim.Optimizer, number: int, names: list[list[str]], shaped: bool) -> Binding:
         binding = Binding(optimizer, names, number, self._trainable(), shaped, self.absent)
+        if isinstance(optimizer, WholeParameters):
+            optimizer.shards = SegmentShards(lambda: binding.segments, self.exchange)
         if self.keeping.apart:
             self._handles.append(binding.wrap_step(Keeping().run if self._keep else self.keeping.run))
         self._handles.append(optimizer.register_step_post_hook(lambda *_: self._stepped(binding)))

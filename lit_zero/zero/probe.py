@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lit_zero.core.errors import UnsupportedError
+from lit_zero.core.shards import WholeParameters
 from lit_zero.zero.policy import Placement, Row
 
 
@@ -24,6 +25,14 @@ def is_shaped(optimizer: torch.optim.Optimizer, row: Row, apart: bool = False) -
     Raises:
         UnsupportedError: if it does, and masters are sharded.
     """
+    if isinstance(optimizer, WholeParameters):
+        if apart:
+            raise UnsupportedError(
+                f"{type(optimizer).__name__} looks at whole parameters, but with offload=cpu and offload=disk the step "
+                "walks through the masters in portions. Use offload=none, or an element-wise optimizer (AdamW, SGD, "
+                "Lion, ...)."
+            )
+        return False  # it asks for what it needs
     try:
         require_elementwise(optimizer)
     except UnsupportedError as error:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lit_zero.core.keeping import Kept
+from lit_zero.core.layout import Entry
 from lit_zero.zero.lane import Lane
 from lit_zero.zero.policy import Placement
 
@@ -22,6 +23,7 @@ class Segment:
         first: first element, counted from the start of the lane's master.
         last: one past the last.
         param: what the optimizer holds, a view of the master of shape ``[last - first]``.
+        entry: the parameter that it is a part of; ``None`` for a run of several.
         copied: version of the gradient that was handed over, if it is a copy: what is done to it does not reach the
             gradient that the next backward adds to.
         attached: version of the gradient that was handed over last.
@@ -33,9 +35,18 @@ class Segment:
     first: int
     last: int
     param: nn.Parameter
+    entry: Entry | None = None
     copied: int | None = None
     attached: int | None = None
     kept: dict[str, Kept] = field(default_factory=dict)
+
+    @property
+    def own(self) -> slice:
+        """Which of its elements this rank answers for, of all ranks that divide the lane."""
+        if self.lane.row.optimizer is Placement.SHARD:
+            return slice(0, self.last - self.first)
+        lo, hi = max(self.first, self.lane.start), min(self.last, self.lane.end)
+        return slice(lo - self.first, max(lo, hi) - self.first)
 
     def keep(self, key: str, dtype: torch.dtype) -> torch.Tensor:
         """Make room for a state where the master lives; return what stands for it in the optimizer."""

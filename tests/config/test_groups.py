@@ -142,7 +142,7 @@ def test_strategy_gets_every_group() -> None:
     assert strategy.precision_policy == Precision(lower="all")
 
 
-@pytest.mark.parametrize("name", ["adamw", "adam", "sgd"])
+@pytest.mark.parametrize("name", ["adamw", "adam", "lamb", "muon", "sgd"])
 @pytest.mark.parametrize("schedule", ["cosine", "constant"])
 def test_optimizer_and_scheduler_are_built_by_the_model(name: str, schedule: str) -> None:
     cfg = composed(f"optimizer={name}", f"scheduler={schedule}", "optimizer.lr=0.5")

@@ -102,7 +102,7 @@ STAGES = "Choose one of: none, stage1, stage2, stage3."
         (["optimizer.betas=[a,b]"], "optimizer.betas=['a', 'b'] is not valid: expected a list, each item a number."),
         (
             ["optimizer.momentum=0.9"],
-            "optimizer.momentum=0.9: 'optimizer' has no key 'momentum' here. It exists with optimizer=sgd.",
+            "optimizer.momentum=0.9: 'optimizer' has no key 'momentum' here. It exists with optimizer=muon and ",
         ),
         (["optimizer.lr"], "'optimizer.lr' cannot be read as key=value: missing EQUAL"),
         (

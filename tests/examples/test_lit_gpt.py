@@ -15,6 +15,7 @@ from reporting import FinalReport, Throughput
 from text_data import TextDataModule
 
 from lit_zero.core.errors import ConfigError
+from lit_zero.optim import Muon
 
 SMALL = {"vocab_size": 256, "block_size": 8, "dim": 16, "layers": 2, "heads": 2}
 
@@ -84,6 +85,23 @@ def test_only_matrices_decay() -> None:
     assert {p.ndim for p in decayed["params"]} == {2}
     assert {p.ndim for p in others["params"]} == {1}
     assert len(decayed["params"]) + len(others["params"]) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_muon_is_for_hidden_matrices(tied: bool) -> None:
+    model = LitGPT(**SMALL, tied=tied, optimizer=partial(Muon, lr=0.5))
+    model.configure_model()
+    optimizer = model.configure_optimizers()
+    assert isinstance(optimizer, Muon)
+    hidden, vectors, outer = optimizer.param_groups
+    names = {param: name for name, param in model.named_parameters()}
+    assert all(".blocks." in names[p] and p.ndim == 2 for p in hidden["params"])
+    assert (hidden["use_muon"], vectors["weight_decay"], outer["use_muon"]) == (None, 0.0, False)
+    assert {names[p] for p in outer["params"]} == {
+        *("gpt.token_embedding.weight", "gpt.position_embedding.weight"),
+        *([] if tied else ["gpt.head.weight"]),
+    }
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(names)
 
 
 def test_warmup_and_cosine() -> None:

@@ -1,60 +1,71 @@
-"""Triton kernels in the two ways they can run: interpreted on the CPU, in every run of the tests, and compiled.
+"""Kernels under Triton's interpreter on every machine, and compiled where there is a GPU.
 
-Whether a kernel is interpreted is decided when its module is imported, so both kinds of the modules are kept here, and a
-fixture puts one of them in its place.
+Triton reads ``TRITON_INTERPRET`` when it is imported (its own library is made of kernels) and whenever a kernel is
+defined. So the interpreted triton and our kernels on it are modules of their own, which take the places of the others
+while a test wants them.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
+import importlib.util
 import os
 import sys
-from pathlib import Path
+from collections.abc import Iterator
 from types import ModuleType
 
-import lit_zero.kernels
 import pytest
 import torch
 
-NAMES = [
-    f"lit_zero.kernels.{path.stem}" for path in sorted(Path(lit_zero.kernels.__file__).parent.glob("triton_*.py"))
-]
+_INTERPRETED: dict[str, ModuleType] = {}
 
 
-@functools.cache
-def modules(interpreted: bool) -> dict[str, ModuleType]:
-    """Return the modules with Triton kernels, by name, imported with or without ``TRITON_INTERPRET=1``."""
-    before = {name: sys.modules.pop(name) for name in NAMES if name in sys.modules}
-    setting = os.environ.pop("TRITON_INTERPRET", None)
-    if interpreted:
-        os.environ["TRITON_INTERPRET"] = "1"
+def _taken_out() -> dict[str, ModuleType]:
+    """Take triton and the kernels on it out of ``sys.modules``; the part written in C++ cannot be there twice."""
+    names = [
+        name
+        for name in sys.modules
+        if (name.split(".")[0] == "triton" and not name.startswith("triton._C"))
+        or name.startswith("lit_zero.kernels.triton_")
+    ]
+    return {name: sys.modules.pop(name) for name in names}
+
+
+@pytest.fixture
+def interpreted() -> Iterator[torch.device]:
+    """Let kernels run under the interpreter; give the device that they work on."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("no triton on this platform")
+    before, said = _taken_out(), os.environ.get("TRITON_INTERPRET")
+    sys.modules.update(_INTERPRETED)
+    os.environ["TRITON_INTERPRET"] = "1"
     try:
-        return {name: importlib.import_module(name) for name in NAMES}
+        yield torch.device("cpu")
     finally:
-        for name in NAMES:
-            sys.modules.pop(name, None)
+        if said is None:
+            del os.environ["TRITON_INTERPRET"]
+        else:
+            os.environ["TRITON_INTERPRET"] = said
+        _INTERPRETED.update(_taken_out())
         sys.modules.update(before)
-        os.environ.pop("TRITON_INTERPRET", None)
-        if setting is not None:
-            os.environ["TRITON_INTERPRET"] = setting
 
 
 @pytest.fixture
-def interpreted(monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    """Let kernels be interpreted; return the device that they work on."""
-    pytest.importorskip("triton", reason="triton has no build for this system")
-    for name, module in modules(True).items():
-        monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    return torch.device("cpu")
-
-
-@pytest.fixture
-def compiled(monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    """Let kernels be compiled; return the device that they work on."""
-    pytest.importorskip("triton", reason="triton has no build for this system")
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    for name, module in modules(False).items():
-        monkeypatch.setitem(sys.modules, name, module)
+def compiled() -> torch.device:
+    """Let kernels be compiled, as they are without the fixture above; give the device that they work on."""
     return torch.device("cuda", 0)
+
+
+@pytest.fixture(params=["interpreted", pytest.param("compiled", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Where kernels run: on the CPU, interpreted, and on a GPU."""
+    if request.param == "interpreted":
+        interpreted: torch.device = request.getfixturevalue("interpreted")
+        return interpreted
+    return torch.device("cuda", 0)
+
+
+def pytest_sessionfinish() -> None:
+    """Give the interpreted modules names of their own for the end: Python takes apart what is in ``sys.modules``, and
+    for what is elsewhere nanobind tells of leaks.
+    """
+    sys.modules.update({f"interpreted {name}": module for name, module in _INTERPRETED.items()})

@@ -1,0 +1,164 @@
+"""The two halves of a LAMB step over flat pieces of parameters; the norms of whole parameters stand between them.
+
+The update is not stored in between: it is computed from the moments once more, which costs less than the memory for it.
+
+Source: You et al., "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes", algorithm 2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from lit_zero.kernels.choice import runs_kernel
+from lit_zero.kernels.reductions import sum_of_powers
+
+
+class LambGroup(NamedTuple):
+    """Hyper-parameters of one group; ``adapt``: the learning rate is a part of the parameter's norm."""
+
+    lr: float
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-6
+    weight_decay: float = 0.0
+    adapt: bool = True
+
+    def numbers(self) -> tuple[float, ...]:
+        """Return what the kernel's table holds. A complement is computed here: 1 - 0.999 in fp32 is off by 1e-5."""
+        betas = (self.beta1, 1.0 - self.beta1, self.beta2, 1.0 - self.beta2)
+        return (self.lr, *betas, _log(self.beta1), _log(self.beta2), self.eps, self.weight_decay, float(self.adapt))
+
+
+@dataclass(frozen=True)
+class LambPiece:
+    """A piece of one parameter.
+
+    Attributes:
+        group: its hyper-parameters.
+        param: ``[n]``, updated by the second half.
+        grad: ``[n]``, only read.
+        exp_avg: ``[n]``, updated by the first half.
+        exp_avg_sq: ``[n]``, updated by the first half.
+        step: steps taken so far, 0-d fp32 on the device; counted by the first half.
+        own: the elements that count in the sums.
+    """
+
+    group: LambGroup
+    param: torch.Tensor
+    grad: torch.Tensor
+    exp_avg: torch.Tensor
+    exp_avg_sq: torch.Tensor
+    step: torch.Tensor
+    own: slice
+
+
+def lamb_moments(pieces: Sequence[LambPiece]) -> torch.Tensor:
+    """Count the step and update the moments of every piece; return the sums of squares of its parameter and of its
+    update, over the elements that count; fp64, shape ``[pieces, 2]``.
+
+    Args:
+        pieces: at least one, all on one device.
+    """
+    torch._foreach_add_([piece.step for piece in pieces], 1.0)
+    sums = torch.empty(len(pieces), 2, dtype=torch.float64, device=pieces[0].param.device)
+    for same in _by_format(pieces):
+        each = [pieces[number] for number in same]
+        if _runs_kernel(each):
+            from lit_zero.kernels.triton_lamb import launch_moments
+
+            found = launch_moments(each)
+        else:
+            found = moments_reference(each)
+        if len(same) == len(pieces):
+            return found
+        torch._foreach_copy_([sums[number] for number in same], list(found.unbind()))
+    return sums
+
+
+def moments_reference(pieces: Sequence[LambPiece]) -> torch.Tensor:
+    """Do what :func:`lamb_moments` does, piece by piece; the steps are counted already."""
+    sums = []
+    for piece in pieces:
+        exp_avg, exp_avg_sq, grad = (_wide(each) for each in (piece.exp_avg, piece.exp_avg_sq, piece.grad))
+        exp_avg.lerp_(grad, 1.0 - piece.group.beta1)
+        exp_avg_sq.mul_(piece.group.beta2).addcmul_(grad, grad, value=1.0 - piece.group.beta2)
+        _put_back(piece.exp_avg, exp_avg)
+        _put_back(piece.exp_avg_sq, exp_avg_sq)
+        both = piece.param[piece.own], _update(piece, piece.own)
+        sums += [sum_of_powers([each], 2.0, piece.param.device) for each in both]
+    return torch.stack(sums).view(-1, 2)
+
+
+def lamb_apply(pieces: Sequence[LambPiece], sums: torch.Tensor) -> None:
+    """Move every piece against its update.
+
+    Args:
+        pieces: as the first half has left them.
+        sums: what it has returned, for whole parameters. Where one of the two is zero, the learning rate is taken as it
+            is.
+    """
+    norms = sums.sqrt()
+    ratios = torch.where((norms > 0).all(1), norms[:, 0] / norms[:, 1], 1.0)
+    for same in _by_format(pieces):
+        each = [pieces[number] for number in same]
+        those = ratios if len(same) == len(pieces) else torch.stack([ratios[number] for number in same])
+        if _runs_kernel(each):
+            from lit_zero.kernels.triton_lamb import launch_apply
+
+            launch_apply(each, those.float())
+        else:
+            apply_reference(each, those)
+
+
+def apply_reference(pieces: Sequence[LambPiece], ratios: torch.Tensor) -> None:
+    """Move every piece against its update, piece by piece; ``ratios``: of the parameter's norm to the update's."""
+    for piece, ratio in zip(pieces, ratios, strict=True):
+        param = _wide(piece.param)
+        rate = ratio * piece.group.lr if piece.group.adapt else piece.group.lr
+        param.sub_(_update(piece, slice(None)).mul_(rate))
+        _put_back(piece.param, param)
+
+
+def _update(piece: LambPiece, part: slice) -> torch.Tensor:
+    """Return the update before it is scaled, of some elements, in memory of its own; the step is counted already."""
+    group = piece.group
+    first, second = (_correction(beta, piece.step) for beta in (group.beta1, group.beta2))
+    update = _wide(piece.exp_avg_sq[part]).div(second).sqrt_().add_(group.eps)
+    update = torch.div(_wide(piece.exp_avg[part]), update, out=update).div_(first)
+    return update.add_(_wide(piece.param[part]), alpha=group.weight_decay)
+
+
+def _correction(beta: float, step: torch.Tensor) -> torch.Tensor:
+    """Return ``1 - beta ** step``; 0-d, fp64: in fp32 the first steps of 0.999 would be off by 1e-5."""
+    return -torch.expm1(step.double() * _log(beta))
+
+
+def _log(beta: float) -> float:
+    return math.log(beta) if beta > 0 else -1e3  # whose exponential is nothing
+
+
+def _by_format(pieces: Sequence[LambPiece]) -> list[list[int]]:
+    """Return the positions of the pieces by their dtypes; one launch takes one combination."""
+    found: dict[tuple[torch.dtype, ...], list[int]] = {}
+    for number, piece in enumerate(pieces):
+        found.setdefault((piece.param.dtype, piece.grad.dtype, piece.exp_avg.dtype), []).append(number)
+    return list(found.values())
+
+
+def _runs_kernel(pieces: Sequence[LambPiece]) -> bool:
+    first = pieces[0]
+    return runs_kernel(first.param) and torch.float64 not in (first.param.dtype, first.grad.dtype, first.exp_avg.dtype)
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    """Return ``tensor`` in the dtype that it is computed in: itself in fp32 and fp64."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _put_back(stored: torch.Tensor, new: torch.Tensor) -> None:
+    if stored is not new:
+        stored.copy_(new)

@@ -1,0 +1,44 @@
+"""Many flat tensors in one launch, for what keeps nothing from one call to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from lit_zero.kernels.table import Row, Table, Tables
+
+_TABLES = Tables()  # of the last calls: the same tensors again upload nothing
+
+
+def table_of(tensors: Sequence[torch.Tensor], block: int, partners: Sequence[int] = ()) -> Table:
+    """Return the table of some tensors.
+
+    Args:
+        tensors: contiguous, on one device, of one dtype; none is empty.
+        block: elements of a block.
+        partners: a second address for each.
+
+    Raises:
+        ValueError: for a tensor with gaps, whose memory a kernel would walk through all the same.
+    """
+    for tensor in tensors:
+        if not tensor.is_contiguous():
+            raise ValueError(
+                f"A tensor of shape {tuple(tensor.shape)} and stride {tensor.stride()} is not contiguous, and flat "
+                "kernels take contiguous tensors only. Pass tensor.contiguous(), and copy back what was written."
+            )
+    addresses = partners or [0] * len(tensors)
+    rows = [
+        Row(0, 0, tensor.numel(), ((tensor.data_ptr(), partner),))
+        for tensor, partner in zip(tensors, addresses, strict=True)
+    ]
+    return _TABLES.table(rows, block, tensors[0].device)
+
+
+def by_dtype(tensors: Sequence[torch.Tensor]) -> list[list[int]]:
+    """Return the positions of the tensors that are not empty, in a list for each dtype; one launch takes one dtype."""
+    found: dict[torch.dtype, list[int]] = {}
+    for position, tensor in enumerate(tensors):
+        if tensor.numel():
+            found.setdefault(tensor.dtype, []).append(position)
+    return list(found.values())

@@ -1,0 +1,190 @@
+"""The kernels of LAMB: one launch updates the moments and sums squares, one adds the sums of each piece's blocks in a
+fixed order, and after the ranks have added theirs one moves the parameters.
+
+The elements that count in the sums and the others of a piece are rows of their own in the first launch's table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import triton
+import triton.language as tl
+from lit_zero.kernels.lamb import LambPiece
+from lit_zero.kernels.table import HEAD, Row, Table, Tables
+from lit_zero.kernels.triton_casts import DTYPES, narrow
+
+_BLOCK = 2048  # elements
+_SUMS = 1024  # blocks whose sums are added at once
+_TABLES = Tables()  # of the last steps
+
+
+@triton.jit
+def _place(rows, owners, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    """Return the row of this program's block, its elements in the row, and which of them there are."""
+    number = tl.program_id(0)
+    row = rows + tl.load(owners + number) * WIDTH
+    at = (number - tl.load(row + 2)) * BLOCK + tl.arange(0, BLOCK)  # int64, as the table is
+    return row, at, at < tl.load(row)
+
+
+@triton.jit
+def _update(param, exp_avg, exp_avg_sq, row, group):
+    """Return the update before it is scaled; the count of steps is that of this step."""
+    step = tl.load(tl.load(row + 4).to(tl.pointer_type(tl.float32))).to(tl.float64)
+    # In fp64: in fp32 the first steps of 0.999 would be off by 1e-5.
+    first = (1.0 - tl.exp(step * tl.load(group + 5).to(tl.float64))).to(tl.float32)
+    second = (1.0 - tl.exp(step * tl.load(group + 6).to(tl.float64))).to(tl.float32)
+    denominator = tl.sqrt(exp_avg_sq / second) + tl.load(group + 7)
+    return exp_avg / denominator / first + tl.load(group + 8) * param
+
+
+@triton.jit
+def _moments(
+    rows,
+    owners,
+    groups,
+    sums,
+    PARAM: tl.constexpr,
+    GRAD: tl.constexpr,
+    STATE: tl.constexpr,
+    NUMBERS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HEAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row, at, inside = _place(rows, owners, BLOCK, WIDTH)
+    group = groups + tl.load(row + 1) * NUMBERS
+    param = tl.load(tl.load(row + HEAD).to(tl.pointer_type(PARAM)) + at, mask=inside, other=0.0).to(tl.float32)
+    grad = tl.load(tl.load(row + HEAD + 2).to(tl.pointer_type(GRAD)) + at, mask=inside, other=0.0).to(tl.float32)
+    firsts = tl.load(row + HEAD + 4).to(tl.pointer_type(STATE)) + at
+    seconds = tl.load(row + HEAD + 6).to(tl.pointer_type(STATE)) + at
+    exp_avg = tl.load(firsts, mask=inside, other=0.0).to(tl.float32)
+    exp_avg_sq = tl.load(seconds, mask=inside, other=0.0).to(tl.float32)
+    exp_avg = tl.load(group + 1) * exp_avg + tl.load(group + 2) * grad
+    exp_avg_sq = tl.load(group + 3) * exp_avg_sq + tl.load(group + 4) * grad * grad
+    kept, kept_sq = narrow(exp_avg, STATE), narrow(exp_avg_sq, STATE)
+    tl.store(firsts, kept, mask=inside)
+    tl.store(seconds, kept_sq, mask=inside)
+    # From the moments as they are kept: the second half will find no others.
+    update = _update(param, kept.to(tl.float32), kept_sq.to(tl.float32), row, group)
+    update = tl.where(inside, update, 0.0)
+    number = tl.program_id(0).to(tl.int64)
+    tl.store(sums + 2 * number, tl.sum(param * param, axis=0))
+    tl.store(sums + 2 * number + 1, tl.sum(update * update, axis=0))
+
+
+@triton.jit
+def _add_up(rows, sums, totals, WIDTH: tl.constexpr, BLOCK: tl.constexpr, SUMS: tl.constexpr):
+    """Add the sums of one row's blocks, in fp64 and in order."""
+    number = tl.program_id(0)
+    row = rows + number.to(tl.int64) * WIDTH
+    first, blocks = tl.load(row + 2), tl.cdiv(tl.load(row), BLOCK)
+    params, updates = tl.zeros((SUMS,), tl.float64), tl.zeros((SUMS,), tl.float64)
+    for begin in range(0, blocks, SUMS):
+        at = begin + tl.arange(0, SUMS)
+        params += tl.load(sums + 2 * (first + at), mask=at < blocks, other=0.0).to(tl.float64)
+        updates += tl.load(sums + 2 * (first + at) + 1, mask=at < blocks, other=0.0).to(tl.float64)
+    tl.store(totals + 2 * number, tl.sum(params, axis=0))
+    tl.store(totals + 2 * number + 1, tl.sum(updates, axis=0))
+
+
+@triton.jit
+def _apply(
+    rows,
+    owners,
+    groups,
+    ratios,
+    PARAM: tl.constexpr,
+    STATE: tl.constexpr,
+    NUMBERS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HEAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row, at, inside = _place(rows, owners, BLOCK, WIDTH)
+    group = groups + tl.load(row + 1) * NUMBERS
+    params = tl.load(row + HEAD).to(tl.pointer_type(PARAM)) + at
+    firsts = tl.load(row + HEAD + 4).to(tl.pointer_type(STATE)) + at
+    seconds = tl.load(row + HEAD + 6).to(tl.pointer_type(STATE)) + at
+    param = tl.load(params, mask=inside, other=0.0).to(tl.float32)
+    exp_avg = tl.load(firsts, mask=inside, other=0.0).to(tl.float32)
+    exp_avg_sq = tl.load(seconds, mask=inside, other=0.0).to(tl.float32)
+    update = _update(param, exp_avg, exp_avg_sq, row, group)
+    ratio = tl.load(ratios + tl.load(owners + tl.program_id(0)))
+    rate = tl.load(group) * tl.where(tl.load(group + 9) > 0, ratio, 1.0)
+    tl.store(params, narrow(param - rate * update, PARAM), mask=inside)
+
+
+def launch_moments(pieces: Sequence[LambPiece]) -> torch.Tensor:
+    """Do the first half for pieces of one format; the steps are counted already. See ``lamb_moments``."""
+    device, numbers = pieces[0].param.device, _numbers(pieces)
+    # Rows of what counts come first, one for each piece; it may be empty.
+    rows = [_row(piece, *_bounds(piece), numbers) for piece in pieces]
+    rows += [_row(piece, *bounds, numbers) for piece in pieces for bounds in _others(piece)]
+    table = _TABLES.table(rows, _BLOCK, device)
+    totals = torch.zeros(len(rows), 2, dtype=torch.float64, device=device)
+    if len(table.owners):
+        sums = torch.empty(len(table.owners), 2, dtype=torch.float32, device=device)
+        _moments[(len(table.owners),)](
+            table.rows, table.owners, _uploaded(numbers, device), sums, **_formats(pieces), **_sizes(table)
+        )
+        _add_up[(len(rows),)](table.rows, sums, totals, WIDTH=table.width, BLOCK=_BLOCK, SUMS=_SUMS)
+    return totals[: len(pieces)]
+
+
+def launch_apply(pieces: Sequence[LambPiece], ratios: torch.Tensor) -> None:
+    """Do the second half for pieces of one format.
+
+    Args:
+        pieces: as in :func:`launch_moments`.
+        ratios: of the parameter's norm to the update's, fp32 ``[pieces]``.
+    """
+    device, numbers = pieces[0].param.device, _numbers(pieces)
+    table = _TABLES.table([_row(piece, 0, piece.param.numel(), numbers) for piece in pieces], _BLOCK, device)
+    if len(table.owners):
+        formats = {key: value for key, value in _formats(pieces).items() if key != "GRAD"}
+        _apply[(len(table.owners),)](
+            table.rows, table.owners, _uploaded(numbers, device), ratios, **formats, **_sizes(table)
+        )
+
+
+def _row(piece: LambPiece, first: int, last: int, numbers: dict[tuple[float, ...], int]) -> Row:
+    tensors = (piece.param, piece.grad, piece.exp_avg, piece.exp_avg_sq)
+    addresses = tuple((tensor.data_ptr() + first * tensor.element_size(), 0) for tensor in tensors)
+    return Row(numbers[piece.group.numbers()], piece.step.data_ptr(), last - first, addresses)
+
+
+def _bounds(piece: LambPiece) -> tuple[int, int]:
+    first, last, _ = piece.own.indices(piece.param.numel())
+    return first, max(first, last)
+
+
+def _others(piece: LambPiece) -> Iterable[tuple[int, int]]:
+    """Yield the bounds of the elements that do not count."""
+    first, last = _bounds(piece)
+    for bounds in ((0, first), (last, piece.param.numel())):
+        if bounds[0] < bounds[1]:
+            yield bounds
+
+
+def _numbers(pieces: Sequence[LambPiece]) -> dict[tuple[float, ...], int]:
+    """Return the groups' hyper-parameters, each with its number in the table."""
+    found: dict[tuple[float, ...], int] = {}
+    for piece in pieces:
+        found.setdefault(piece.group.numbers(), len(found))
+    return found
+
+
+def _uploaded(numbers: dict[tuple[float, ...], int], device: torch.device) -> torch.Tensor:
+    return _TABLES.numbers(list(numbers), device)
+
+
+def _formats(pieces: Sequence[LambPiece]) -> dict[str, tl.dtype]:
+    first = pieces[0]
+    return {"PARAM": DTYPES[first.param.dtype], "GRAD": DTYPES[first.grad.dtype], "STATE": DTYPES[first.exp_avg.dtype]}
+
+
+def _sizes(table: Table) -> dict[str, int]:
+    return {"NUMBERS": 10, "WIDTH": table.width, "HEAD": HEAD, "BLOCK": _BLOCK}

@@ -1,0 +1,72 @@
+"""LAMB: Adam's update, scaled so that each parameter moves by a fixed part of its norm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from lit_zero.core.shards import WholeParameters
+from lit_zero.kernels.lamb import LambGroup, LambPiece, lamb_apply, lamb_moments
+from lit_zero.optim.settings import check_settings
+from lit_zero.optim.state import with_moments
+
+
+class LAMB(WholeParameters, torch.optim.Optimizer):
+    """Adam for large batches, in every ZeRO stage: the norms of parameters that are divided over ranks take one sum of
+    two numbers for each parameter a step.
+
+    Args:
+        params: parameters or groups of them.
+        lr: learning rate: by which part of its norm a parameter moves.
+        betas: how slowly the two moments forget.
+        eps: added to the root of the second moment.
+        weight_decay: added to the update as this multiple of the parameter, before its norm is taken.
+        adapt: scale updates to the parameters' norms. A group for which it is false takes the learning rate as it is;
+            often chosen for norms and biases, together with ``weight_decay=0``.
+
+    Raises:
+        ValueError: for a setting that cannot be.
+
+    Source: You et al., "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes", algorithm 2, with the
+    identity for the scaling function.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: Sequence[float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.01,
+        adapt: bool = True,
+    ) -> None:
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "adapt": adapt}
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        check_settings({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step; with several ranks, all together."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        pieces = []
+        for group in self.param_groups:
+            lr, others = float(group["lr"]), (group["eps"], group["weight_decay"], group["adapt"])
+            settings = LambGroup(lr, *group["betas"], *others)
+            pieces += [self._piece(param, settings) for param in group["params"] if param.grad is not None]
+        if pieces:
+            lamb_apply(pieces, self.shards.sum(lamb_moments(pieces)))
+        return loss
+
+    def _piece(self, param: torch.Tensor, settings: LambGroup) -> LambPiece:
+        state = with_moments(self.state[param], param)
+        assert param.grad is not None
+        flat = [each.view(-1) for each in (param, param.grad, state["exp_avg"], state["exp_avg_sq"])]
+        return LambPiece(settings, *flat, step=state["step"], own=self.shards.own(param))

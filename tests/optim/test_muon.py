@@ -1,0 +1,181 @@
+"""Muon against torch's own on one process, and in every stage against itself on whole parameters."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from lit_zero.kernels.newton_schulz import orthogonalize
+from torch import nn
+
+from lit_zero.comm.direct import DirectExchange
+from lit_zero.comm.exchange import Swap
+from lit_zero.core.errors import ConfigError
+from lit_zero.optim import Muon
+from lit_zero.zero import Zero
+from tests.optim.whole import Odd, cut_dimensions, groups, layout, sent_elements, stages
+from tests.zero.harness import GPT, Run, distance, one_process, with_engine
+
+
+def muon(model: nn.Module) -> torch.optim.Optimizer:
+    return Muon(groups(model, use_muon=False, lr=0.005), lr=0.02, ns_dtype="float64")
+
+
+def muon_in_bf16(model: nn.Module) -> torch.optim.Optimizer:
+    return Muon(groups(model, use_muon=False), lr=0.02)
+
+
+# ---- on one process
+
+
+@pytest.mark.parametrize("adjust_lr_fn", ["original", "match_rms_adamw"])
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_equals_torchs_own(adjust_lr_fn, nesterov):
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.randn(shape, generator=generator) for shape in ((12, 5), (5, 12), (8, 8))]
+    ours, theirs = ([nn.Parameter(value.clone()) for value in values] for _ in range(2))
+    settings: dict[str, Any] = {
+        "lr": 0.02, "momentum": 0.9, "weight_decay": 0.1, "nesterov": nesterov, "adjust_lr_fn": adjust_lr_fn
+    }  # fmt: skip
+    optimizers = Muon(ours, **settings), torch.optim.Muon(theirs, **settings)
+    for _ in range(4):
+        for one, other in zip(ours, theirs, strict=True):
+            one.grad = torch.randn(one.shape, generator=generator)
+            other.grad = one.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_no_hidden_matrix_is_stepped_by_adamw():
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.randn(shape, generator=generator) for shape in ((9, 4), (7,), (), (5, 3))]
+    ours, theirs = ([nn.Parameter(value.clone()) for value in values] for _ in range(2))
+    optimizers = (
+        Muon([{"params": ours[1:]}, {"params": ours[:1], "use_muon": False, "lr": 0.03}], lr=0.01, weight_decay=0.2),
+        torch.optim.AdamW(
+            [{"params": theirs[1:]}, {"params": theirs[:1], "lr": 0.03}], lr=0.01, weight_decay=0.2, betas=(0.9, 0.95)
+        ),
+    )
+    for _ in range(3):
+        for one, other in zip(ours, theirs, strict=True):
+            one.grad = torch.randn(one.shape, generator=generator)
+            other.grad = one.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for one, other in zip(ours[:3], theirs[:3], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+    assert not torch.allclose(ours[3], theirs[3], atol=1e-3)
+    assert optimizers[0].state[ours[3]].keys() == {"momentum_buffer"}
+    assert optimizers[0].state[ours[0]].keys() == {"step", "exp_avg", "exp_avg_sq"}
+
+
+def test_a_convolution_is_taken_as_a_matrix():
+    value, grad = torch.randn(6, 2, 3, 3), torch.randn(6, 2, 3, 3)
+    whole, matrix = nn.Parameter(value.clone()), nn.Parameter(value.flatten(1))
+    whole.grad, matrix.grad = grad.clone(), grad.flatten(1)
+    for param in (whole, matrix):
+        Muon([param], lr=0.1, ns_dtype="float32").step()
+    assert torch.equal(whole.flatten(1), matrix)
+
+
+@pytest.mark.parametrize("shape", [(4, 9), (9, 4), (6, 6), (1, 7), (63, 60)])
+def test_orthogonalisation_keeps_directions_and_evens_out_sizes(shape):
+    matrix = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    before = matrix.clone()
+    got = orthogonalize(matrix)
+    left, sizes, right = torch.linalg.svd(matrix, full_matrices=False)
+    inside = left.T @ got @ right.T
+    assert torch.equal(matrix, before) and got.is_contiguous()
+    torch.testing.assert_close(inside, torch.diag(inside.diagonal()), rtol=0, atol=1e-9)
+    large = inside.diagonal()[sizes > 0.01 * sizes[0]]
+    assert ((large > 0.6) & (large < 1.25)).all()
+    assert torch.equal(orthogonalize(torch.zeros(shape)), torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "words"),
+    [
+        ({"lr": -1.0}, ValueError, "Invalid learning rate: -1.0"),
+        ({"momentum": 1.5}, ValueError, "Invalid momentum value: 1.5"),
+        (
+            {"adjust_lr_fn": "orignal"},
+            ConfigError,
+            "adjust_lr_fn='orignal' is not known. Did you mean 'original'? Choose one of: original, match_rms_adamw.",
+        ),
+        (
+            {"ns_dtype": "float8"},
+            ConfigError,
+            "ns_dtype='float8' is not known. Did you mean 'float64'? Choose one of: bfloat16, float32, float64.",
+        ),
+    ],
+)
+def test_wrong_settings_are_refused(settings: dict[str, Any], error: type[Exception], words: str):
+    with pytest.raises(error) as caught:
+        Muon([nn.Parameter(torch.ones(1, 1))], **settings)
+    assert str(caught.value) == words
+
+
+def test_a_vector_in_a_group_of_matrices_is_refused():
+    with pytest.raises(ValueError) as caught:
+        Muon([{"params": [nn.Parameter(torch.ones(3))], "use_muon": True}])
+    assert str(caught.value) == (
+        "A parameter of shape (3,) is in a group with use_muon=True, but Muon steps matrices. Leave use_muon out, or "
+        "put it into a group with use_muon=False, which AdamW steps."
+    )
+
+
+# ---- divided over ranks
+
+
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("model", [GPT, Odd])
+def test_every_stage_equals_one_process(ranks, size, model):
+    run = Run(model=model, optimizer=muon, steps=4, clip=0.5)
+    expected = one_process(run)
+    outcomes = ranks(size).run(stages, run, layout)
+    for outcome in itertools.chain(*outcomes):
+        assert distance(outcome, expected) < 1e-9
+        assert torch.equal(outcome.flat(), outcomes[0][0].flat()), "stages and ranks agree bit for bit"
+    assert cut_dimensions(outcomes[0][3].notes["look"]) >= ({1, 2} if model is Odd else {2}), "the case must cut some"
+
+
+@pytest.mark.parametrize("model", [GPT])
+def test_products_in_bf16_are_the_same_in_every_stage(ranks, model):
+    # What travels is rounded to bf16 no sooner than the products would round it.
+    run = Run(model=model, optimizer=muon_in_bf16, steps=3, dtype=torch.float32)
+    outcomes = ranks(2).run(stages, run)
+    for outcome in itertools.chain(*outcomes):
+        assert torch.equal(outcome.flat(), outcomes[0][0].flat())
+    assert distance(outcomes[0][0], one_process(run)) < 0.02
+
+
+def counted() -> tuple[dict[str, Any], list[int]]:
+    """Train one step; return the layout, and the bytes that each exchange of parts of matrices has sent."""
+    sent = []
+    swap = DirectExchange.all_to_all
+
+    def watched(exchange: DirectExchange, given: Swap) -> Any:
+        before = exchange.counters.sent_bytes
+        ticket = swap(exchange, given)
+        sent.append(exchange.counters.sent_bytes - before)
+        return ticket
+
+    with mock.patch.object(DirectExchange, "all_to_all", watched):
+        run = Run(optimizer=muon_in_bf16, steps=1, dtype=torch.float32)
+        outcome = with_engine(run, Zero("stage2"), look=layout)
+    return outcome.notes["look"], sent
+
+
+def test_a_step_takes_two_rounds_of_the_matrices_that_are_cut(ranks):
+    for rank, (found, sent) in enumerate(ranks(2).run(counted)):
+        hidden = [name for name, shape in found["shapes"].items() if len(shape) == 2 and "embedding" not in name]
+        expected = sent_elements([found["ranges"][name] for name in hidden], rank)
+        assert found["swaps"] == len(sent) == 2
+        assert sum(sent) == 2 * expected, "two bytes an element: what is sent has the dtype of the products"
+        assert 0 < expected < sum(math.prod(found["shapes"][name]) for name in hidden) / 2
