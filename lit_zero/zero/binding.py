@@ -86,6 +86,8 @@ class Binding(States, Walking):
             self._hold(Segment(self._lanes[0], 0, 0, nn.Parameter(self._lanes[0].master.part(0, 0).stand_in())), 0)
 
     def _hold(self, segment: Segment, number: int) -> None:
+        if segment.lane.handed_dtype != segment.lane.master_dtype:
+            segment.param.grad_dtype = segment.lane.handed_dtype  # else torch refuses another one than the master's
         self.segments.append(segment)
         self.optimizer.param_groups[number]["params"].append(segment.param)
 
