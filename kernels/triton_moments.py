@@ -71,6 +71,8 @@ def _to_int8(  # type: ignore[no-untyped-def]
     here = (row < blocks)[:, None]
     found = tl.load(values + index, mask=here, other=0.0)
     scale = tl.maximum(tl.max(tl.abs(found), 1), _TINY)
+    unknown = tl.max((found != found).to(tl.int32), 1)  # a maximum does not show what is no number
+    scale = tl.where(unknown > 0, float("nan"), scale)
     code = code_of(tl.abs(found) / scale[:, None], SIGNED)
     if RANDOM:
         start = tl.load(seed) if DEVICE_SEED else seed

@@ -26,7 +26,7 @@ from lit_zero.precision.policy import Precision
 
 # Elements of a portion: on a CPU what its cache holds, on a GPU what keeps it busy while the next is launched. Portions
 # begin where blocks do, and where a vectorised kernel would begin a row of its own.
-CPU_PORTION, GPU_PORTION = 1 << 17, 1 << 24
+CPU_PORTION, GPU_PORTION = 1 << 18, 1 << 24
 
 
 class SmallKeeper(Keeper):

@@ -38,12 +38,14 @@ class Twin:
         self._kind, self._away = type(optimizer), away
         mine = _in_host_memory if away else _own
         self._attributes = {key: mine(value) for key, value in vars(optimizer).items() if key not in _OWN}
-        self._groups: dict[int, dict[str, Any]] = {}  # by the id of a parameter in it
+        self._settings: list[dict[str, Any]] = []  # of each group
+        self._groups: dict[int, dict[str, Any]] = {}  # the same, by the id of a parameter in it
         self._found: dict[tuple[int, torch.dtype], Mapping[str, tuple[torch.dtype, Content]]] = {}
         for group in optimizer.param_groups:
             settings = {key: mine(value) for key, value in group.items() if key != "params"}
             if away and "capturable" in settings:
                 settings["capturable"] = False  # it wants a GPU, and changes where steps are counted, not what is done
+            self._settings.append(settings)
             self._groups |= {id(param): settings for param in group["params"]}
 
     def step(self, like: nn.Parameter, param: nn.Parameter, state: dict[str, Any]) -> dict[str, Any]:
@@ -84,9 +86,8 @@ class Twin:
     def same_settings(self, optimizer: torch.optim.Optimizer) -> bool:
         """Return whether the optimizer's hyper-parameters are still those with which the twin steps."""
         return all(
-            _same(value, self._groups[id(group["params"][0])].get(key))
-            for group in optimizer.param_groups
-            if group["params"]
+            _same(value, settings.get(key))
+            for settings, group in zip(self._settings, optimizer.param_groups, strict=True)
             for key, value in group.items()
             if key != "params"
         )

@@ -68,8 +68,11 @@ class Walking:
         def step(_: Any, closure: Any = None, *args: Any, **kwargs: Any) -> Any:
             def last() -> Any:
                 begin()
-                loss = None if closure is None else closure()
-                walk()
+                try:
+                    loss = None if closure is None else closure()
+                    walk()
+                finally:
+                    self._early = None
                 return loss
 
             return inner(last, *args, **kwargs)
@@ -80,7 +83,8 @@ class Walking:
     @torch.no_grad()
     def walk(self) -> None:
         """Step what is stepped in portions, and take its gradients away."""
-        twin, todo = self._end_closure() or self._twin(), dict[Lane, list[Callable[[], None]]]()
+        self._end_closure()
+        twin, todo = self._twin(), dict[Lane, list[Callable[[], None]]]()
         self._taken = []
         for segment in self.segments:  # unit by unit, as the next forward needs them
             grad = segment.param.grad
@@ -103,7 +107,7 @@ class Walking:
     def _begin_closure(self) -> None:
         self._early = self._twin()
 
-    def _end_closure(self) -> Twin | None:
+    def _end_closure(self) -> None:
         early, self._early = self._early, None
         if early is not None and not early.same_settings(self.optimizer):
             raise LitZeroError(
@@ -111,7 +115,6 @@ class Walking:
                 "with precision.step='backward' most of the step is over by then. Change them before the step begins "
                 "(on_train_batch_start), or set precision.step='after'."
             )
-        return early
 
     @property
     def may_step(self) -> bool:

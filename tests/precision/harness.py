@@ -15,6 +15,7 @@ from lit_zero.core.keeping import Keeping
 from lit_zero.precision import Lowering, Precision
 from lit_zero.precision.small import Small
 from lit_zero.zero import Zero
+from lit_zero.zero.access import Access
 from lit_zero.zero.engine import Engine
 from tests.zero.harness import BATCH, GPT, Run, adamw, tokens
 
@@ -37,6 +38,8 @@ class Job:
         mixed: compute in bf16.
         run: how to train.
         look: called with the engine after the last step.
+        still: how the names of parameters begin that are never stepped.
+        alike: every rank is given the rows of the first.
         zero: further settings of ``Zero``.
     """
 
@@ -45,6 +48,8 @@ class Job:
     mixed: bool = True
     run: Run = field(default_factory=lambda: Run(loss=autocast_loss, steps=6, dtype=torch.float32))
     look: Callable[[Engine], Any] | None = None
+    still: tuple[str, ...] = ()
+    alike: bool = False
     zero: dict[str, Any] = field(default_factory=dict)
 
 
@@ -58,6 +63,7 @@ class Found:
         states: full states of the optimizer by name and key.
         sizes: bytes of model states on this rank.
         count: parameters.
+        ties: of the masters, how many lie half-way between two bf16 numbers: before the first step, and after each.
         look: what the job's ``look`` returned.
     """
 
@@ -66,6 +72,7 @@ class Found:
     states: dict[str, dict[str, torch.Tensor]]
     sizes: dict[str, int]
     count: int
+    ties: list[int]
     look: Any = None
 
     @property
@@ -90,11 +97,19 @@ def build(job: Job) -> tuple[nn.Module, torch.optim.Optimizer, Engine]:
     return model, optimizer, engine
 
 
-def steps(job: Job, model: nn.Module, optimizer: torch.optim.Optimizer, engine: Engine, first: int = 0) -> list[float]:
-    """Take the steps of a job, beginning with number ``first``."""
+def steps(
+    job: Job,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    engine: Engine,
+    first: int = 0,
+    after: Callable[[], None] = lambda: None,
+) -> list[float]:
+    """Take the steps of a job, beginning with number ``first``; call ``after`` after each."""
     exchange, run, losses = engine.exchange, job.run, []
     share = BATCH // exchange.size
-    rows = slice(exchange.rank * share, (exchange.rank + 1) * share)
+    position = 0 if job.alike else exchange.rank
+    rows = slice(position * share, (position + 1) * share) if not job.alike else slice(0, BATCH // 2)
     for step in range(first, first + run.steps):
         total = torch.zeros((), dtype=torch.float64)
 
@@ -112,27 +127,37 @@ def steps(job: Job, model: nn.Module, optimizer: torch.optim.Optimizer, engine: 
 
         optimizer.step(closure)  # type: ignore[arg-type]
         losses.append(exchange.sum_in_rank_order(total).item() / exchange.size)
+        after()
     return losses
+
+
+def half_way(values: torch.Tensor) -> int:
+    """Return how many numbers lie exactly half-way between two bf16 numbers."""
+    return int(((values.view(torch.int32) & 0xFFFF) == 0x8000).sum())
 
 
 def trained(job: Job) -> Found:
     """Train; call it on every rank."""
-    from lit_zero.zero.access import Access
-
     model, optimizer, engine = build(job)
-    losses = steps(job, model, optimizer, engine)
     access, names = Access(engine), [info.name for info in engine.infos]
+
+    def count() -> None:
+        ties.append(sum(half_way(access.parameter(name)) for name in names) if job.mixed else 0)
+
+    ties: list[int] = []
+    count()
+    losses = steps(job, model, optimizer, engine, after=count)
     keys = sorted({key for state in optimizer.state.values() for key, value in state.items() if value.dim()})
     states = {
         name: {key: access.state(name, key) for key in keys}
         for name in names
-        if keys and engine.infos[names.index(name)].group >= 0
+        if keys and not (job.still and name.startswith(job.still))
     }
     weights = {name: access.parameter(name) for name in names}
-    sizes, count = engine.model_state_bytes(), engine.parameter_count
+    sizes, numel = engine.model_state_bytes(), engine.parameter_count
     look = None if job.look is None else job.look(engine)
     engine.detach()
-    return Found(losses, weights, states, sizes, count, look)
+    return Found(losses, weights, states, sizes, numel, ties, look)
 
 
 def all_trained(jobs: list[Job]) -> list[Found]:
@@ -156,4 +181,18 @@ def with_run(job: Job, **changes: Any) -> Job:
     return replace(job, run=replace(job.run, **changes))
 
 
-__all__ = ["STAGES", "Found", "Job", "adamw", "all_trained", "build", "same", "steps", "trained", "with_run"]
+__all__ = [
+    "CPU",
+    "STAGES",
+    "Found",
+    "Job",
+    "adamw",
+    "all_trained",
+    "autocast_loss",
+    "build",
+    "half_way",
+    "same",
+    "steps",
+    "trained",
+    "with_run",
+]
