@@ -23,7 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "lit_zero.kernels": set(),
     "lit_zero.conf": set(),
     "lit_zero.comm": {"lit_zero.core"},
-    "lit_zero.precision": {"lit_zero.core"},
+    "lit_zero.precision": {"lit_zero.core", "lit_zero.kernels"},
     "lit_zero.activation": {"lit_zero.core", "lit_zero.comm.exchange"},
     "lit_zero.zero": {
         "lit_zero.core",

@@ -144,8 +144,16 @@ class OffloadDisk(OffloadCpu):
 
 
 @dataclass
+class PrecisionTrue64(Target):
+    """``precision=64-true``: one dtype everywhere, so nothing to choose."""
+
+
+@dataclass
 class PrecisionTrue32(Target):
-    """``precision=32-true`` and ``precision=64-true``: one dtype everywhere, so nothing to choose."""
+    """``precision=32-true``: the optimizer's moments may be in another form, and the step may come early."""
+
+    moments: str = MISSING
+    step: str = MISSING
 
 
 @dataclass
@@ -157,10 +165,19 @@ class PrecisionTrue16(Target):
 
 @dataclass
 class PrecisionMixed(PrecisionTrue16):
-    """``precision=bf16-mixed`` and ``precision=16-mixed``."""
+    """``precision=16-mixed``."""
 
     gradient_dtype: str = MISSING
     lower: str = MISSING
+    moments: str = MISSING
+
+
+@dataclass
+class PrecisionMixedBf16(PrecisionMixed):
+    """``precision=bf16-mixed``."""
+
+    master: str = MISSING
+    step: str = MISSING
 
 
 @dataclass
@@ -298,7 +315,13 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "partition": ActivationPartition,
     },
     "offload": {"none": OffloadNone, "cpu": OffloadCpu, "disk": OffloadDisk},
-    "precision": {"32-true": PrecisionTrue32, "16-true": PrecisionTrue16, "mixed": PrecisionMixed},
+    "precision": {
+        "64-true": PrecisionTrue64,
+        "32-true": PrecisionTrue32,
+        "16-true": PrecisionTrue16,
+        "mixed": PrecisionMixed,
+        "bf16-mixed": PrecisionMixedBf16,
+    },
     "optimizer": {"adam": AdamSchema, "muon": MuonSchema, "sgd": SGDSchema},
     "scheduler": {"cosine": CosineSchema, "constant": ConstantSchema},
     "": {

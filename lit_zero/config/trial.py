@@ -186,6 +186,22 @@ def _check_alone(cfg: DictConfig, strategy: Any) -> None:
             )
 
 
+def _check_early_step(cfg: DictConfig) -> None:
+    """Refuse settings that need all gradients at once, where they are stepped with and dropped one after the other."""
+    clip, accumulate = _value(cfg, "trainer.gradient_clip_val"), _value(cfg, "trainer.accumulate_grad_batches")
+    if clip:
+        raise ConfigError(
+            f"trainer.gradient_clip_val={clip} does not go with precision.step=backward: the norm of all gradients is "
+            "known only when they are gone. Use trainer.gradient_clip_val=null, or precision.step=after."
+        )
+    if accumulate is not None and accumulate > 1:
+        raise ConfigError(
+            f"trainer.accumulate_grad_batches={accumulate} does not go with precision.step=backward: gradients of "
+            "several micro-batches would stand all at once. Use trainer.accumulate_grad_batches=1, or "
+            "precision.step=after."
+        )
+
+
 def _check_effect(cfg: DictConfig, strategy: Any) -> None:
     """Refuse settings that other settings leave without effect."""
     piped = _target(cfg, "pipeline").startswith("lit_zero.") and _value(cfg, "pipeline.schedule") != "none"
@@ -196,6 +212,8 @@ def _check_effect(cfg: DictConfig, strategy: Any) -> None:
             f"zero.accumulate={accumulate} has no effect with trainer.accumulate_grad_batches=1: a step has one "
             "micro-batch. Remove zero.accumulate, or raise trainer.accumulate_grad_batches."
         )
+    if _value(cfg, "precision.step") == "backward":
+        _check_early_step(cfg)
     if strategy is not None and piped:
         _check_alone(cfg, strategy)
     if strategy is not None and strategy.offload.away:

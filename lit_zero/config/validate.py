@@ -18,11 +18,11 @@ PROCESSES_PER_CORE = 4  # more processes on a CPU than this only wait for one an
 # The settings of lit_zero.Precision that have an effect in each of Lightning's precision modes.
 _PRECISION_KEYS = {
     "64-true": set[str](),
-    "32-true": set[str](),
+    "32-true": {"moments", "step"},
     "bf16-true": {"reduce_dtype"},
     "16-true": {"reduce_dtype"},
-    "bf16-mixed": {"reduce_dtype", "gradient_dtype", "lower"},
-    "16-mixed": {"reduce_dtype", "gradient_dtype", "lower"},
+    "bf16-mixed": {"reduce_dtype", "gradient_dtype", "lower", "master", "moments", "step"},
+    "16-mixed": {"reduce_dtype", "gradient_dtype", "lower", "moments"},
 }
 
 

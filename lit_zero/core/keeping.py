@@ -1,17 +1,43 @@
 """Where the shards of a rank live between uses: what the ZeRO engine asks for, and the answer without offload.
 
 Three small objects. A :class:`Kept` is one flat array of a shard: a master, a state of the optimizer, the parameters'
-2-byte copy. A :class:`Keeper` is a place: it makes arrays, and walks through several of them in portions. A
-:class:`Keeping` says which place a lane's arrays go to. Here all three stand for the device's own memory.
+2-byte copy. A :class:`Keeper` is a place and a form: it makes arrays, and walks through several of them in portions. A
+:class:`Keeping` says which keeper a lane's arrays go to. Here all three stand for the device's own memory, as it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import enum
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from lit_zero.core.ticket import DONE, Failed, Ticket
+
+
+class Content(enum.Enum):
+    """What an optimizer's state holds for each element, as far as it matters to how it may be kept."""
+
+    SIGNED = "signed"  # a moment of gradients
+    POSITIVE = "positive"  # one that is never negative: of squares, of magnitudes
+    WEIGHTS = "weights"  # it follows the parameter itself
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the arrays of a walk come from: all that random rounding may depend on, so that neither ranks, stages nor a
+    resumed run change it.
+
+    Attributes:
+        name: of the lane.
+        first: where the arrays begin in the lane, in elements.
+        step: number of the step, on the device if the optimizer counts there.
+    """
+
+    name: str = ""
+    first: int = 0
+    step: int | torch.Tensor = 0
 
 
 class Kept:
@@ -59,28 +85,37 @@ class Kept:
         return DONE
 
     def stand_in(self) -> torch.Tensor:
-        """Return what an optimizer holds: the elements, or where they lie elsewhere a tensor of no memory with the
-        same shape and dtype.
+        """Return what an optimizer holds: the elements, or where they lie elsewhere or in another form a tensor of no
+        memory with the same shape and dtype.
         """
         return self.tensor
 
+    def tensors(self) -> list[torch.Tensor]:
+        """Return the tensors that it lies in."""
+        return [self.tensor]
+
 
 class Keeper:
-    """The device's own memory: nothing leaves it. Base class of the places that shards are moved to.
+    """The device's own memory, and elements as they are. Base class of the places that shards are moved to, and of the
+    forms that they are kept in.
 
     Attributes:
         place: ``device``, ``host`` or ``file``.
+        walks: masters are stepped portion by portion.
         away: masters and optimizer states lie apart from what the device computes with, and the step runs on the CPU.
         params: so do sharded parameters.
         streams: gradients are copied to where the step reads them; else the device's memory is the host's.
+        splits: a master with a 2-byte copy is kept as that copy and a remainder.
     """
 
     place = "device"
+    walks = False
     away = False
     params = False
     streams = False
+    splits = False
 
-    def keep(self, numel: int, dtype: torch.dtype) -> Kept:
+    def keep(self, numel: int, dtype: torch.dtype, content: Content = Content.WEIGHTS) -> Kept:
         """Return an array of zeros.
 
         Raises:
@@ -88,20 +123,31 @@ class Keeper:
         """
         raise NotImplementedError
 
+    def beside(self, copy: torch.Tensor) -> Kept:
+        """Return a master of which ``copy`` (shape ``[n]``) is a part, where it ``splits``."""
+        raise NotImplementedError
+
+    def gradient_dtype(self, stored: torch.dtype, master: torch.dtype) -> torch.dtype:
+        """Return the dtype in which the optimizer is handed gradients that are stored in ``stored``."""
+        return master
+
     def gradient(self, arrived: torch.Tensor) -> torch.Tensor:
         """Return a reduced gradient (shape ``[n]``, on the device) where the step reads it; it may still be on its way
         until :meth:`Keeping.settle`.
         """
         return arrived
 
-    def walk(self, arrays: Mapping[str, Kept], to_come: int) -> Iterator[tuple[int, int, dict[str, torch.Tensor]]]:
-        """Yield ``(first, last, elements)``, portion by portion: of each array its elements ``[first, last)``, in host
-        memory. What is written to them is written to the array when the next portion is asked for, or the end is
-        reached.
+    def walk(
+        self, arrays: Mapping[str, Kept], to_come: int, origin: Origin
+    ) -> Iterator[tuple[int, int, dict[str, torch.Tensor]]]:
+        """Yield ``(first, last, elements)``, portion by portion: of each array its elements ``[first, last)``, where
+        the step runs. What is written to them is written to the array when the next portion is asked for, or the end
+        is reached.
 
         Args:
             arrays: all of one length.
             to_come: bytes for each element that the caller is going to add as further arrays.
+            origin: of the arrays.
         """
         raise NotImplementedError
 
@@ -111,9 +157,15 @@ class Keeping:
 
     Attributes:
         apart: shards lie apart from what the device computes with, so even a rank that is alone has shards.
+        walks: some lanes are stepped portion by portion.
+        early: they are stepped inside the backward, each as soon as its gradients are complete.
+        align: elements at whose multiples parameters and shards begin.
+        knobs: the settings for which they are, in words.
     """
 
-    apart = False
+    apart = walks = early = False
+    align = 1
+    knobs = ""
 
     def run(self, job: Callable[[], None]) -> Ticket:
         """Do ``job``, a part of a step, at once or behind those before it while the computation goes on. What it
@@ -134,6 +186,17 @@ class Keeping:
             sharded: the parameters are sharded, so that they may leave the device too.
         """
         return Keeper()
+
+    def accept(self, optimizer: str, contents: Collection[Content]) -> None:
+        """Make sure that there is something to do with an optimizer's states.
+
+        Args:
+            optimizer: its name.
+            contents: of all its states in fp32.
+
+        Raises:
+            ConfigError: for a setting that has no effect on any.
+        """
 
     def check(self, needs: Mapping[str, int], to_come: Sequence[int]) -> None:
         """Make sure, before training starts or goes on, that there is room for all that lives elsewhere.

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from lit_zero.core.keeping import Kept
+from lit_zero.core.keeping import Content, Kept, Origin
 from lit_zero.core.ticket import Ticket
 from lit_zero.core.worker import Pending
 from lit_zero.offload.file import StateFile
@@ -71,6 +71,9 @@ class Filed(Kept):
     def stand_in(self) -> torch.Tensor:
         return torch.zeros((), dtype=self._dtype, device="cpu").expand(self._numel)
 
+    def tensors(self) -> list[torch.Tensor]:
+        return []
+
     def begin_read(self, out: torch.Tensor) -> Pending:
         """Begin to read all of it into ``out``, in host memory and of its dtype."""
         return self._file.read(out, self._offset)
@@ -108,10 +111,12 @@ class DiskKeeper(HostKeeper):
         super().__init__(params, device)
         self._file, self._chunk = file, chunk
 
-    def keep(self, numel: int, dtype: torch.dtype) -> Filed:
+    def keep(self, numel: int, dtype: torch.dtype, content: Content = Content.WEIGHTS) -> Filed:
         return Filed(self._file, self._file.allocate(numel * dtype.itemsize), numel, dtype, self._chunk)
 
-    def walk(self, arrays: Mapping[str, Kept], to_come: int) -> Iterator[tuple[int, int, dict[str, torch.Tensor]]]:
+    def walk(
+        self, arrays: Mapping[str, Kept], to_come: int, origin: Origin
+    ) -> Iterator[tuple[int, int, dict[str, torch.Tensor]]]:
         filed = {key: array for key, array in arrays.items() if isinstance(array, Filed)}
         numel = next(iter(filed.values())).numel
         width = sum(array.dtype.itemsize for array in filed.values()) + to_come

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from lit_zero.core.keeping import Keeper, Kept
+from lit_zero.core.keeping import Content, Keeper, Kept, Origin
 
 
 class HostKeeper(Keeper):
@@ -20,13 +20,13 @@ class HostKeeper(Keeper):
     """
 
     place = "host"
-    away = True
+    walks = away = True
 
     def __init__(self, params: bool, device: torch.device) -> None:
         self.params, self._device = params, device
         self.streams = device.type == "cuda"
 
-    def keep(self, numel: int, dtype: torch.dtype) -> Kept:
+    def keep(self, numel: int, dtype: torch.dtype, content: Content = Content.WEIGHTS) -> Kept:
         return Kept(host_memory(numel, dtype, self._device).zero_())
 
     def gradient(self, arrived: torch.Tensor) -> torch.Tensor:
@@ -35,7 +35,9 @@ class HostKeeper(Keeper):
         out = host_memory(arrived.numel(), arrived.dtype, self._device)  # torch keeps pinned memory for reuse
         return out.copy_(arrived, non_blocking=True)
 
-    def walk(self, arrays: Mapping[str, Kept], to_come: int) -> Iterator[tuple[int, int, dict[str, torch.Tensor]]]:
+    def walk(
+        self, arrays: Mapping[str, Kept], to_come: int, origin: Origin
+    ) -> Iterator[tuple[int, int, dict[str, torch.Tensor]]]:
         views = {key: array.read() for key, array in arrays.items()}
         yield 0, next(iter(views.values())).numel(), views
 

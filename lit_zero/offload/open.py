@@ -55,7 +55,8 @@ class Moving(Keeping):
         overlap: steps run on a thread of their own.
     """
 
-    apart = True
+    apart = walks = True
+    knobs = "offload=cpu and offload=disk"
 
     def __init__(
         self,

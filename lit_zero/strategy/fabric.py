@@ -25,7 +25,6 @@ from lit_zero.comm.batch_norm import serve_the_cpu
 from lit_zero.comm.open import open_exchange
 from lit_zero.comm.policy import Comm
 from lit_zero.core.errors import LitZeroError, UnsupportedError
-from lit_zero.offload.open import open_keeping
 from lit_zero.offload.policy import Offload
 from lit_zero.precision.policy import Lowering, Precision
 from lit_zero.strategy import fabric_checkpoints
@@ -47,6 +46,7 @@ from lit_zero.strategy.refusals import (
     refuse_storage_options,
     refuse_tensors_without_memory,
 )
+from lit_zero.strategy.small import refuse_early_step_by_hand
 from lit_zero.zero.access import Access
 from lit_zero.zero.engine import Engine
 from lit_zero.zero.norms import scale_to_norm
@@ -207,6 +207,8 @@ class FabricZeroStrategy(Ranked, fabric_strategies.ParallelStrategy):
             previous.detach()
         serve_the_cpu(module)
         self.activations.apply(self, module, [list(range(self.world_size))])
+        refuse_early_step_by_hand(self.precision_policy, "a loop of Fabric's")
+        self.precision_policy.check_mode(str(self.precision.precision))
         lowering = Lowering(self.precision_policy, lowered_dtype(self.precision))
         engine = Engine(
             module,
@@ -215,7 +217,7 @@ class FabricZeroStrategy(Ranked, fabric_strategies.ParallelStrategy):
             exchange=open_exchange(self.comm, self.root_device, lowering.reduce_dtype, self.timeout),
             device=self.root_device,
             lowering=lowering,
-            keeping=open_keeping(self.offload, self.root_device, self.is_global_zero, self.comm.overlap),
+            keeping=self.keeping(),
             keep_gradients=True,  # the loop is the user's own: they stay until zero_grad, as in torch
         )
         refuse_tensors_without_memory(module)

@@ -10,7 +10,9 @@ from lit_zero.core.errors import UnsupportedError
 from lit_zero.core.grid import Grid
 from lit_zero.pipeline.blocks import check_fit
 from lit_zero.pipeline.policy import Pipeline
+from lit_zero.precision.policy import Precision
 from lit_zero.strategy.one_piece import OnePiece
+from lit_zero.strategy.small import refuse_early_step_in_a_pipeline
 from lit_zero.strategy.stages import Stages
 from lit_zero.strategy.talking import Talking
 from lit_zero.zero.policy import Placement
@@ -25,9 +27,11 @@ class Piping(Talking):
     """
 
     pipeline: Pipeline
+    precision_policy: Precision
     stages: OnePiece
 
     def _open_stages(self, pipeline: Pipeline) -> None:
+        refuse_early_step_in_a_pipeline(self.precision_policy, pipeline)
         self.pipeline = pipeline
         self.stages = OnePiece() if pipeline.schedule == "none" else Stages(self)
         self.stages.zero(self.zero)  # which refuses what does not go together

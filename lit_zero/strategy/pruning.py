@@ -133,7 +133,7 @@ class PruningOnShards(OnShards):
                 masked = lane.master.read().mul_(mask)
                 if not lane.master.live:
                     lane.master.write(0, masked)
-                if lane.keeper.away:  # else the engine does it after a step
+                if lane.keeper.walks:  # else the engine does it after a step
                     lane.publish()
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:

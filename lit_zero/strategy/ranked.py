@@ -19,12 +19,16 @@ from lit_zero.comm import process_group
 from lit_zero.comm.meeting import open_store
 from lit_zero.comm.policy import Comm
 from lit_zero.core.errors import LitZeroError, check_choice
+from lit_zero.core.keeping import Keeping
+from lit_zero.offload.open import open_keeping
 from lit_zero.offload.policy import Offload
 from lit_zero.precision.policy import Precision
+from lit_zero.precision.small import Small
 from lit_zero.strategy.activations import Activations
 from lit_zero.strategy.arguments import duration, instance
 from lit_zero.strategy.flavour import _init_dist_connection, fabric_rank_zero_only, rank_zero_only, reset_seed
 from lit_zero.strategy.refusals import refuse_offload_without_shards, refuse_other_size, refuse_surplus_rank
+from lit_zero.strategy.small import refuse_offload_of_small_state
 from lit_zero.zero.policy import Placement, Row, Zero
 
 if TYPE_CHECKING:
@@ -65,6 +69,7 @@ class Ranked(_Base):
         )
         self.offload = Offload(offload) if isinstance(offload, str) else instance("offload", offload, Offload)
         refuse_offload_without_shards(self.offload, self.zero)
+        refuse_offload_of_small_state(self.offload, self.precision_policy)
         check_choice("nonfinite_loss", nonfinite_loss, ("error", "ignore"))
         check_choice("nonfinite_norm", nonfinite_norm, ("error", "ignore"))
         self._nonfinite_loss, self._nonfinite_norm = nonfinite_loss, nonfinite_norm
@@ -72,6 +77,12 @@ class Ranked(_Base):
         if backend is not None:
             check_choice("process_group_backend", backend, ("gloo", "nccl", "cpu:gloo,cuda:nccl"))
         self.backend = backend
+
+    def keeping(self) -> Keeping:
+        """Return where the shards of an engine live, and in what form."""
+        if self.precision_policy.small:
+            return Small(self.precision_policy, self.root_device)
+        return open_keeping(self.offload, self.root_device, self.is_global_zero, self.comm.overlap)
 
     def builds_on_meta(self, empty_init: bool | None) -> bool:
         """Return whether modules are built on the meta device: if parameters are sharded, no rank ever holds the full

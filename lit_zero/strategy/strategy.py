@@ -17,7 +17,6 @@ from lit_zero.comm.open import open_exchange
 from lit_zero.comm.policy import Comm
 from lit_zero.comm.roll_call import RollCall
 from lit_zero.core.errors import LitZeroError, check_choice
-from lit_zero.offload.open import open_keeping
 from lit_zero.offload.policy import Offload
 from lit_zero.pipeline.policy import Pipeline
 from lit_zero.precision.policy import Lowering, Precision
@@ -44,6 +43,7 @@ from lit_zero.strategy.refusals import (
     refuse_tensors_without_memory,
     refuse_unsupported,
 )
+from lit_zero.strategy.small import check_small_state
 from lit_zero.zero.access import Access
 from lit_zero.zero.engine import Engine
 from lit_zero.zero.policy import Zero
@@ -215,9 +215,9 @@ class ZeroStrategy(BecomesFabric, Loading, Piping):
             self.setup_optimizers(trainer)
             refuse_no_optimizer(self.optimizers)
             refuse_sparse_optimizers(self.optimizers)
-            for config in self.lr_scheduler_configs:
-                if config.interval == "step":
-                    hold_with_skipped_steps(config.scheduler, self.precision_plugin)
+            for config in (each for each in self.lr_scheduler_configs if each.interval == "step"):
+                hold_with_skipped_steps(config.scheduler, self.precision_plugin)
+            check_small_state(self.precision_policy, str(self.precision_plugin.precision), trainer)
         lowering = Lowering(self.precision_policy, lowered_dtype(self.precision_plugin))
         pieces = self.stages.plan(trainer)
         groups = self.grid.data_groups()
@@ -232,7 +232,7 @@ class ZeroStrategy(BecomesFabric, Loading, Piping):
             lowering=lowering,
             training=fitting,
             keep_gradients=fitting and not module.automatic_optimization,
-            keeping=open_keeping(self.offload, self.root_device, self.is_global_zero, self.comm.overlap),
+            keeping=self.keeping(),
             **pieces,
         )
         self.stages.attach(self._engine)

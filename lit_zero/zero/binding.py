@@ -105,6 +105,8 @@ class Binding(States, Walking):
         return isinstance(self.optimizer, TakesCopies) and self.optimizer.has_copied
 
     def _hold(self, segment: Segment, number: int) -> None:
+        if segment.lane.handed_dtype != segment.lane.master_dtype:
+            segment.param.grad_dtype = segment.lane.handed_dtype  # else torch refuses another one than the master's
         self.segments.append(segment)
         self.optimizer.param_groups[number]["params"].append(segment.param)
 

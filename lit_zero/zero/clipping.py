@@ -8,9 +8,10 @@ from lit_zero.comm.exchange import Exchange
 from lit_zero.core.errors import LitZeroError
 from lit_zero.zero.binding import Binding
 from lit_zero.zero.norms import grad_norm, scale_to_norm
+from lit_zero.zero.passing import Passing
 
 
-class Clipping:
+class Clipping(Passing):
     """What can be asked of, and done to, the reduced gradients between a backward and its step.
 
     Attributes:
@@ -19,7 +20,6 @@ class Clipping:
         device: where gradients lie.
     """
 
-    bindings: list[Binding]
     everyone: Exchange
     device: torch.device
 
@@ -40,6 +40,7 @@ class Clipping:
         """Return the norm of the reduced gradients of one optimizer, or of all, over all their parameters and ranks,
         see ``norms.grad_norm``.
         """
+        self._refuse_passed()
         return grad_norm(self.bindings_of(optimizer), self.everyone, self.device, norm_type)
 
     def clip_grad_norm(
@@ -54,6 +55,7 @@ class Clipping:
 
     def clip_grad_value(self, max_value: float, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Clamp every gradient element of one optimizer, or of all, to ``[-max_value, max_value]``."""
+        self._refuse_passed()
         for binding in self.bindings_of(optimizer):
             for grad in binding.grads():
                 grad.clamp_(-max_value, max_value)

@@ -161,7 +161,8 @@ class Contents:
         found["host"], found["file"] = self._host_gradient_bytes, 0
         kept = [(lane.keeper.place, each) for lane in self.lanes for each in lane.kept()]
         for binding in self.bindings:
-            kept += [(s.lane.keeper.place, each) for s in binding.segments for each in s.kept.values()]
+            away = [segment for segment in binding.segments if segment.lane.keeper.away]
+            kept += [(segment.lane.keeper.place, each) for segment in away for each in segment.kept.values()]
         for place, each in kept:
             found[place] += each.nbytes
         found["slots"] = storage_bytes([s.buffer for s in self._gatherer.slots], seen) + self._reducer.peak_bytes

@@ -99,7 +99,8 @@ class Engine(Clipping, Contents):
         self.model, self.zero, self.exchange, self.device = model, zero, exchange, torch.device(device)
         self.everyone, self.ties, holding = everyone or exchange, ties or {}, holding or Holding()
         self.keeping, self._keep, self._training = keeping or Keeping(), keep_gradients, training
-        self.row = zero.row.over(exchange.size, self.keeping.apart)
+        row = zero.row.over(exchange.size, self.keeping.apart)
+        self.row = row.in_passing() if self.keeping.early else row
         lowering = lowering or Lowering()
         self._handles: list[Handle] = []
         self._unannounced = False  # the present backward was begun by its first gradient
@@ -132,7 +133,7 @@ class Engine(Clipping, Contents):
         self.root = self.units[0]
         self._position = {name: number for number, name in enumerate(infos)}
         fill_lanes(model, self.lanes, self.absent, exchange, self.ties, self.device)
-        shaped = [is_shaped(optimizer, self.row, self.keeping.apart) for optimizer in optimizers]
+        shaped = [is_shaped(optimizer, self.row, self.keeping.knobs) for optimizer in optimizers]
         self.bindings = [self._bind(*each) for each in zip(optimizers, range(len(names)), names, shaped, strict=True)]
         self._check_room()
         self._in_backward, self._gradient_bytes, self._host_gradient_bytes = False, 0, 0
@@ -148,7 +149,8 @@ class Engine(Clipping, Contents):
     def _assemble(self) -> None:
         """Make what works on units as they are now."""
         self._gatherer = Gatherer(self.units, self.exchange, self.zero.slots or 2, self.device, self.zero.poison)
-        self._reducer = Reducer(self.units, self.exchange, self.device)
+        landed = self._landed if self.keeping.early else None
+        self._reducer = Reducer(self.units, self.exchange, self.device, landed)
         self._reach = Reach(self._trainable(), self.exchange, self.device, several=len(self.bindings) > 1)
         self._hooks = Hooks(self.units, self._gatherer, self._reducer, self._gradient_comes)
 
@@ -159,8 +161,10 @@ class Engine(Clipping, Contents):
         binding = Binding(optimizer, names, number, self._trainable(), shaped, self.absent)
         if isinstance(optimizer, WholeParameters):
             optimizer.shards = SegmentShards(lambda: binding.segments, self.exchange)
-        if self.keeping.apart:
-            self._handles.append(binding.wrap_step(Keeping().run if self._keep else self.keeping.run))
+        if self.keeping.walks:
+            self.keeping.accept(type(optimizer).__name__, binding.contents())
+            run = Keeping().run if self._keep else self.keeping.run
+            self._handles.append(binding.wrap_step(run, self.keeping.early))
         self._handles.append(optimizer.register_step_post_hook(lambda *_: self._stepped(binding)))
         self._handles.append(optimizer.register_load_state_dict_pre_hook(refuse_whole_state))
         return binding
@@ -195,7 +199,7 @@ class Engine(Clipping, Contents):
             UnsupportedError: for a parameter that has an optimizer already, or an optimizer that cannot be sharded.
         """
         [groups] = group_names(self.model, [optimizer])
-        shaped = is_shaped(optimizer, self.row, self.keeping.apart)  # which may refuse it: nothing has moved yet
+        shaped = is_shaped(optimizer, self.row, self.keeping.knobs)  # which may refuse it: nothing has moved yet
         infos = self.infos
         self._move(number_groups(infos, [*(binding.group_names for binding in self.bindings), groups]))
         self.bindings.append(self._bind(optimizer, len(self.bindings), groups, shaped))
@@ -285,6 +289,7 @@ class Engine(Clipping, Contents):
             loss: what it starts from. With several optimizers, only what some rank's loss reaches is reduced then.
         """
         self.join()
+        self._check_passing()
         self._in_backward = True
         self.buffers.ask()
         reached = self._reach.look(loss)
@@ -295,11 +300,12 @@ class Engine(Clipping, Contents):
         )
         for lane, found in (reached or {}).items():
             lane.reached = bytearray(before | now for before, now in zip(lane.reached, found, strict=True))
+        self._passing = self.keeping.early
 
     def end_backward(self) -> None:
         """Call this right after a backward; returns when the gradients are reduced."""
         self._reducer.end()
-        self._in_backward = False
+        self._in_backward = self._passing = False
         if not self._reducer.deferred:
             for lane in self._reducer.lanes:
                 if lane.holders in self.ties:
@@ -315,8 +321,8 @@ class Engine(Clipping, Contents):
                 continue
             if unreached and binding.holds(unreached):
                 binding.split()
-            binding.attach(set(lanes), unreached)
-            self._attached.append((binding, set(lanes), unreached))
+            self._attached.append((binding, set(lanes) - self._passed, unreached))
+            binding.attach(*self._attached[-1][1:])
         self.keeping.settle()
         self._count_gradients()
 
@@ -379,14 +385,14 @@ class Engine(Clipping, Contents):
 
         Args:
             lanes: whose masters; ``None``: all.
-            stepped: by the optimizer, which has spread what lives elsewhere.
+            stepped: by the optimizer, which has spread what it has stepped in portions.
             copied: the step has written the 2-byte copies on the device too.
         """
         changed = self.lanes if lanes is None else lanes
         if not stepped:
             self.join()
         for lane in changed:
-            if not (copied or (stepped and lane.keeper.away)):
+            if not (copied or (stepped and lane.keeper.walks)):
                 lane.publish()
         if self.row.optimizer is Placement.SHARD:
             self._gatherer.invalidate(set(changed))

@@ -54,6 +54,7 @@ class Gradients:
         """
         self._gaps = _gaps(self.layout)
         self.gradient_dtype = gradient_dtype
+        self.handed_dtype = self.keeper.gradient_dtype(gradient_dtype, self.master_dtype)  # to the optimizer
         self.landing_dtype = gradient_dtype if self.hold else self.compute_dtype
         self.grad_full: torch.Tensor | None = None  # [P]
         self.grad_own: torch.Tensor | None = None  # [P/N]
@@ -120,7 +121,7 @@ class Gradients:
     @property
     def waiting_bytes(self) -> int:
         """Bytes that an element's gradient takes where the master is until the step, in memory of its own."""
-        stepped = self.master_dtype.itemsize if self.master_dtype != self.gradient_dtype else 0
+        stepped = self.handed_dtype.itemsize if self.handed_dtype != self.gradient_dtype else 0
         if self._in_place:  # a part of the full gradient, of which a GPU's host has a copy
             return self.master_dtype.itemsize if self.keeper.streams else stepped
         return self.gradient_dtype.itemsize + stepped
@@ -156,6 +157,10 @@ class Gradients:
             )
             self.filled = bytearray(len(self.infos))
             return Reduce(self.landing, self._arriving, scale)
+        if self._lands_whole:
+            self.grad_full, self.accumulated = self.landing, True
+            self.filled = bytearray(len(self.infos))
+            return Reduce(self.landing, self.landing[self.start : self.end], scale, whole=True)
         if self.grad_own is None:
             self.grad_own = torch.empty(self.shard_numel, dtype=self.gradient_dtype, device=self.device)
             self.accumulated = False
@@ -165,9 +170,23 @@ class Gradients:
 
     def drop_gradients(self) -> None:
         """Let go of the reduced gradients: the step has used them, and the next forward needs the memory more."""
-        if not self._in_place:
+        if self._lands_whole:
+            self.grad_full = None
+        elif not self._in_place:
             self.grad_own = None
         self.accumulated = False
+
+    @property
+    def _lands_whole(self) -> bool:
+        """Whether each rank steps with whole gradients, in the buffers where they land [Note: the step inside the
+        backward].
+        """
+        return self.row.gradient is Placement.SHARD and self.row.optimizer is Placement.REPLICATE
+
+    def hold_gradient(self) -> None:
+        """Keep a gradient whose landing buffer is about to be used for another."""
+        if self._lands_whole and self.grad_full is not None:
+            self.grad_full = self.grad_full.clone()
 
     def sum_over_holders(self, exchange: Exchange) -> None:
         """Add the reduced gradients of all ranks of a pipeline that hold these parameters; what one of them has
@@ -179,16 +198,15 @@ class Gradients:
         self.reached = bytearray(exchange.maximum(reached).tolist())
 
     def master_grad(self) -> torch.Tensor:
-        """Return the gradient that belongs to ``master``: same shape, same dtype, same device; a view where the stored
-        one allows.
+        """Return the gradient that belongs to ``master``: same shape, same device, in ``handed_dtype``; a view where
+        the stored one allows.
         """
         if self.row.optimizer is not Placement.REPLICATE and self.grad_own is None:
             # Held micro-batches wait in the landing buffer: a gradient of no memory stands for them until they are
             # reduced.
             place = "cpu" if self.keeper.away else self.device
-            return torch.zeros((), dtype=self.master_dtype, device=place).expand(self.shard_numel)
-        grad = self._stored_grad()
-        grad = grad if grad.dtype == self.master_dtype else grad.to(self.master_dtype)
+            return torch.zeros((), dtype=self.handed_dtype, device=place).expand(self.shard_numel)
+        grad = self._stored_grad().to(self.handed_dtype)
         return self.keeper.gradient(grad) if self.keeper.streams and grad.device == self.device else grad
 
     def overwrite_gradient(self, first: int, last: int, value: torch.Tensor) -> None:

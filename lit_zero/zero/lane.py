@@ -19,6 +19,10 @@ rank's slice of the slot.
 is always a second copy: the rank's slice of the full parameters, or with sharded parameters ``shard`` (``[P/N]``,
 compute dtype), which lies on the device, or elsewhere too. A master that lies elsewhere in the compute dtype is itself
 the shard, if parameters may leave the device. The step updates the master and ``spread``s it to the second copy.
+
+[Note: masters of which the copy is a part] A master in two halves is the 2-byte copy and a remainder: with replicated
+parameters the rank's slice of ``full``, with sharded ones ``shard``. Whoever writes the master writes the copy, and
+nobody else may write to that: another rounding would change the master.
 """
 
 from __future__ import annotations
@@ -69,7 +73,8 @@ class Lane(Gradients):
         self.compute_dtype, self.master_dtype, self.trainable = first.compute_dtype, first.master_dtype, first.trainable
         self.optimizer = first.optimizer
         self.lowered = self.compute_dtype != self.master_dtype
-        align = ALIGN_BYTES // min(self.compute_dtype.itemsize, self.master_dtype.itemsize)
+        keeping = keeping or Keeping()
+        align = max(ALIGN_BYTES // min(self.compute_dtype.itemsize, self.master_dtype.itemsize), keeping.align)
         entries = [(info.name, tuple(info.param.shape), info.group) for info in infos]
         self.layout = FlatLayout.pack(entries, exchange.size, max(align, 1))
         self.start, self.end = self.layout.shard(exchange.rank)
@@ -82,7 +87,7 @@ class Lane(Gradients):
         self.master_start, self.master_end = (
             (0, self.numel) if row.optimizer is Placement.REPLICATE else (self.start, self.end)
         )
-        self._place_master(keeping or Keeping(), exchange)
+        self._place_master(keeping, exchange)
 
         self._versions: list[int] = []  # of the parameters' values, as far as we have changed them
         self._begin_gradients(exchange, gradient_dtype)
@@ -93,10 +98,16 @@ class Lane(Gradients):
         self.stepped: Ticket = DONE  # of the master and its second copy
         # Where neither a step nor a cast needs the master, it is all that the device has of the parameters.
         self.keeper = keeping.keeper(numel, self.trainable or self.lowered, sharded)
+        self.split = self.lowered and self.keeper.splits
+        if self.split:
+            copy = exchange.zeros(numel, self.compute_dtype, self.device) if self.full is None else self._own_slice()
+            self.master, self.shard = self.keeper.beside(copy), Kept(copy)
+            self._sent = sharded
+            return
         if self.keeper.away:
             self.master = self.keeper.keep(numel, self.master_dtype)
         elif self.full is not None and not self.lowered:
-            self.master = Kept(self.full[self.master_start : self.master_end])
+            self.master = Kept(self._own_slice())
         else:
             self.master = Kept(exchange.zeros(numel, self.master_dtype, self.device))
         self.shard = self.master
@@ -107,6 +118,11 @@ class Lane(Gradients):
         # Ranks of one machine may read it where it lies; anything else is first brought to the rank's part of a slot.
         elsewhere = self.keeper.away and self.keeper.params
         self._sent = sharded and self.shard.dtype == self.compute_dtype and not elsewhere
+
+    def _own_slice(self) -> torch.Tensor:
+        """Return what lies in ``full`` of the elements that this rank updates."""
+        assert self.full is not None
+        return self.full[self.master_start : self.master_end]
 
     # ---- parameters
 
@@ -159,15 +175,15 @@ class Lane(Gradients):
         """
         entry = self.layout.entries[index]
         flat = value.detach().reshape(-1)
-        lo, hi = max(entry.offset, self.master_start), min(entry.end, self.master_end)
-        if lo < hi:
-            mine = flat[lo - entry.offset : hi - entry.offset]
-            self.master.write(lo - self.master_start, mine)
-            if self.shard is not self.master:
-                self.shard.write(lo - self.master_start, mine)
         if self.row.parameter is Placement.REPLICATE:
             assert self.full is not None
             self.full[entry.offset : entry.end].copy_(flat)
+        lo, hi = max(entry.offset, self.master_start), min(entry.end, self.master_end)
+        if lo < hi:
+            mine = flat[lo - entry.offset : hi - entry.offset]
+            self.master.write(lo - self.master_start, mine)  # last: a part of ``full`` may be a part of the master
+            if self.shard is not self.master and not self.split:
+                self.shard.write(lo - self.master_start, mine)
 
     def gather(self) -> Gather:
         """Describe the exchange that fills ``full``."""
@@ -208,27 +224,29 @@ class Lane(Gradients):
 
     def give_back(self, exchange: Exchange) -> None:
         """Let go of the memory; nothing reads it any more."""
-        mine = [self.master.read()] if not self.keeper.away else []
-        if self.keeper.away and self.shard is not self.master and not self.keeper.params:
+        mine = [self.master.read()] if not self.keeper.away and not self.split else []
+        if self.split or (self.keeper.away and self.shard is not self.master and not self.keeper.params):
             mine = [self.shard.read()]
         if self.row.parameter is Placement.REPLICATE and self.full is not None:
-            mine = [self.full, *(mine if self.lowered else [])]
+            mine = [self.full, *(mine if self.lowered and not self.split else [])]
         for tensor in (*mine, self.grad_full):
             if tensor is not None:
                 exchange.give_back(tensor.view(torch.uint8))
 
     def publish(self) -> None:
         """After the master changed: bring this rank's second copy of the parameters up to date, if there is one."""
+        if self.split:
+            return
         if self.row.parameter is Placement.REPLICATE:
             assert self.full is not None
             if self.lowered or self.keeper.away:
-                self.master.fetch(self.full[self.master_start : self.master_end]).wait()
+                self.master.fetch(self._own_slice()).wait()
         elif self.shard is not self.master:
             self.shard.write(0, self.master.read())
 
     def copy_of(self, first: int, last: int) -> torch.Tensor | None:
         """Return where the 2-byte copy of elements ``[first, last)`` of the master lies, if the device has both."""
-        if self.full is None or not self.lowered or self.keeper.away or self.row.parameter is not Placement.REPLICATE:
+        if self.full is None or not self.lowered or self.keeper.walks or self.row.parameter is not Placement.REPLICATE:
             return None
         return self.full[self.master_start + first : self.master_start + last]
 
@@ -248,6 +266,8 @@ class Lane(Gradients):
         """Bring this rank's second copy of the parameters up to date with new ``values`` (shape ``[m]``) of the master,
         from element ``first`` of it on.
         """
+        if self.split:
+            return
         if self.row.parameter is Placement.REPLICATE:
             assert self.full is not None
             begin = self.master_start + first
@@ -266,8 +286,12 @@ class Lane(Gradients):
         kinds: dict[str, list[torch.Tensor]] = {"parameter": [], "master": [], "gradient": []}
         if self.row.parameter is Placement.REPLICATE and self.full is not None:
             kinds["parameter"].append(self.full)
-        if not self.keeper.away:
-            kinds["master"].append(self.master.read())
+        if self.split:
+            copy, *remainder = self.master.tensors()
+            kinds["parameter"].append(copy)
+            kinds["master"] += remainder
+        elif not self.keeper.away:
+            kinds["master"] += self.master.tensors()
         elif self.shard is not self.master and not self.keeper.params:
             kinds["parameter"].append(self.shard.read())
         kinds["gradient"] += [g for g in (self.grad_full, self.grad_own) if g is not None]
@@ -276,7 +300,8 @@ class Lane(Gradients):
     def kept(self) -> list[Kept]:
         """Return the arrays that live elsewhere."""
         away = [self.master] if self.keeper.away else []
-        return away + ([self.shard] if self.shard is not self.master and self.keeper.params else [])
+        apart = self.keeper.params and self.shard is not self.master and not self.split
+        return [*away, *([self.shard] if apart else [])]
 
 
 def storage_bytes(tensors: Iterable[torch.Tensor], seen: set[int]) -> int:

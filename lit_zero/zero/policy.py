@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from lit_zero.core.blocks import Choice, check_modules
@@ -37,6 +37,10 @@ class Row:
     gradient: Placement
     optimizer: Placement
     accumulate: Literal["hold", "reduce"]
+
+    def in_passing(self) -> Row:
+        """Return the row for steps inside the backward: gradients are nowhere kept whole."""
+        return replace(self, gradient=Placement.SHARD)
 
     def over(self, ranks: int, apart: bool = False) -> Row:
         """Return what the row means on ``ranks`` ranks: a shard of one rank is the whole, unless shards live apart from

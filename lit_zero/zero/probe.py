@@ -14,32 +14,31 @@ from lit_zero.core.shards import WholeParameters
 from lit_zero.zero.policy import Placement, Row
 
 
-def is_shaped(optimizer: torch.optim.Optimizer, row: Row, apart: bool = False) -> bool:
+def is_shaped(optimizer: torch.optim.Optimizer, row: Row, walks: str = "") -> bool:
     """Return whether the optimizer needs parameters in their real shapes, which only whole masters have.
 
     Args:
         optimizer: the user's.
         row: the ZeRO stage.
-        apart: masters live elsewhere, and are stepped portion by portion.
+        walks: the settings for which masters are stepped portion by portion, if they are.
 
     Raises:
         UnsupportedError: if it does, and masters are sharded.
     """
     if isinstance(optimizer, WholeParameters):
-        if apart:
+        if walks:
             raise UnsupportedError(
-                f"{type(optimizer).__name__} looks at whole parameters, but with offload=cpu and offload=disk the step "
-                "walks through the masters in portions. Use offload=none, or an element-wise optimizer (AdamW, SGD, "
-                "Lion, ...)."
+                f"{type(optimizer).__name__} looks at whole parameters, but with {walks} the step walks through the "
+                "masters in portions. Leave that setting out, or use an element-wise optimizer (AdamW, SGD, Lion, ...)."
             )
         return False  # it asks for what it needs
     try:
         require_elementwise(optimizer)
     except UnsupportedError as error:
-        if apart:
+        if walks:
             raise UnsupportedError(
-                f"{error} With offload=cpu and offload=disk that holds on one process too, because the step walks "
-                "through the masters in portions; offload=none leaves them on the device."
+                f"{error} With {walks} that holds on one process too, because the step walks through the masters in "
+                "portions. Leave that setting out: an optimizer like this needs them whole."
             ) from error
         if row.optimizer is Placement.SHARD or isinstance(optimizer, torch.optim.LBFGS):
             raise

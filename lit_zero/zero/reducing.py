@@ -38,11 +38,19 @@ class Reducer:
         units: all units, the root first.
         exchange: carries the bytes.
         device: where landing buffers lie.
+        landed: called with each lane as its reduction is complete; gradients are dropped there, as far as they can.
     """
 
     landing_buffers = 2  # one that lands, and one whose reduction is under way
 
-    def __init__(self, units: Sequence[Unit], exchange: Exchange, device: torch.device) -> None:
+    def __init__(
+        self,
+        units: Sequence[Unit],
+        exchange: Exchange,
+        device: torch.device,
+        landed: Callable[[Lane], None] | None = None,
+    ) -> None:
+        self._landed = landed
         self._units, self._exchange, self._device = units, exchange, device
         self._parcels = [parcel for unit in reversed(units) for parcel in reversed(unit.parcels)]
         self._orders: dict[tuple[int, ...], list[Parcel]] = {}  # learned, by the parcels that a backward reaches
@@ -56,7 +64,7 @@ class Reducer:
         self._size = max((p.landing_bytes() for p in self._parcels if not p.unit.outer), default=0)
         self._free: dict[int, list[torch.Tensor]] = {}  # by bytes
         # Kept from step to step they cost no page faults; where parameters are sharded, memory is what counts.
-        self._keeps = all(lane.row.parameter is Placement.REPLICATE for lane in lanes)
+        self._keeps = landed is None and all(lane.row.parameter is Placement.REPLICATE for lane in lanes)
         self._lent: dict[Parcel, torch.Tensor] = {}
         self.peak_bytes = 0  # most bytes of landing buffers at one time
         self._flying: deque[tuple[Parcel, Ticket]] = deque()
@@ -181,6 +189,7 @@ class Reducer:
             lane.fill_missing()
             lanes.append(lane.reduction(1.0 / self._exchange.size / self._landing_scale(lane)))
         self._flying.append((parcel, self._exchange.reduce_scatter(lanes)))
+        self._note_peak()
 
     def _acquire(self, parcel: Parcel) -> torch.Tensor:
         """Return a landing buffer: a free one, a new one while there are few, else that of the oldest reduction."""
@@ -193,15 +202,24 @@ class Reducer:
             self._land_oldest()
         buffer = free.pop() if free else self._exchange.borrow(size, self._device)
         self._lent[parcel] = buffer
-        kept = sum(size * len(buffers) for size, buffers in self._free.items())
-        self.peak_bytes = max(self.peak_bytes, kept + sum(b.numel() for b in self._lent.values()))
+        self._note_peak()
         return buffer
+
+    def _note_peak(self) -> None:
+        total = sum(size * len(buffers) for size, buffers in self._free.items())
+        total += sum(buffer.numel() for buffer in self._lent.values())
+        if self._landed is not None:  # what a rank gets of a reduction is no gradient that waits for the step either
+            shards = [lane.grad_own for parcel, _ in self._flying for lane in parcel.lanes]
+            total += sum(shard.numel() * shard.element_size() for shard in shards if shard is not None)
+        self.peak_bytes = max(self.peak_bytes, total)
 
     def _land_oldest(self) -> None:
         parcel, ticket = self._flying.popleft()
         ticket.wait()
         for lane in parcel.lanes:
             lane.end_reduction()
+            if self._landed is not None:
+                self._landed(lane)
         if self._recycles:
             parcel.set_landing(None)
             buffer = self._lent.pop(parcel)

@@ -37,6 +37,11 @@ def rewriting(engine: Engine, whole: bool = False) -> Iterator[None]:
             if lane.holders in engine.ties:
                 lane.take_from_first_holder(engine.ties[lane.holders])
     if engine.row.optimizer is Placement.REPLICATE and not whole and engine.exchange.size > 1:
-        own = [Gather(lane.master.read(), lane.own_master()) for lane in engine.lanes]
-        engine.exchange.all_gather(own).wait()
+        live = [lane for lane in engine.lanes if lane.master.live]
+        engine.exchange.all_gather([Gather(lane.master.read(), lane.own_master()) for lane in live]).wait()
+        for lane in engine.lanes:
+            if not lane.master.live:
+                values = lane.master.read()
+                engine.exchange.all_gather([Gather(values, lane.own_master())]).wait()
+                lane.master.write(0, values)
     engine.refresh()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lit_zero.core.keeping import Kept
+from lit_zero.core.keeping import Content, Kept
 from lit_zero.core.layout import Entry
 from lit_zero.zero.lane import Lane
 from lit_zero.zero.policy import Placement
@@ -27,8 +27,8 @@ class Segment:
         copied: version of the gradient that was handed over, if it is a copy: what is done to it does not reach the
             gradient that the next backward adds to.
         attached: version of the gradient that was handed over last.
-        kept: the optimizer's states that live where the master does, if that is not the device; what stands for them
-            in the optimizer is their ``stand_in``.
+        kept: the optimizer's states where masters are stepped in portions; what stands for them in the optimizer is
+            their ``stand_in``.
     """
 
     lane: Lane
@@ -48,10 +48,10 @@ class Segment:
         lo, hi = max(self.first, self.lane.start), min(self.last, self.lane.end)
         return slice(lo - self.first, max(lo, hi) - self.first)
 
-    def keep(self, key: str, dtype: torch.dtype) -> torch.Tensor:
-        """Make room for a state where the master lives; return what stands for it in the optimizer."""
+    def keep(self, key: str, dtype: torch.dtype, content: Content) -> torch.Tensor:
+        """Make room for a state as the lane's keeper wants it; return what stands for it in the optimizer."""
         if key not in self.kept or self.kept[key].dtype != dtype:
-            self.kept[key] = self.lane.keeper.keep(self.last - self.first, dtype)
+            self.kept[key] = self.lane.keeper.keep(self.last - self.first, dtype, content)
         return self.kept[key].stand_in()
 
     def values(self, key: str, held: torch.Tensor) -> Kept:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lit_zero.core.errors import CheckpointError
-from lit_zero.core.keeping import Kept
+from lit_zero.core.keeping import Content, Kept
 from lit_zero.core.piece import ParamState, Piece
 from lit_zero.zero.info import ParamInfo
 from lit_zero.zero.lane import Lane
@@ -34,15 +34,26 @@ class States:
         """Give every parameter a segment of its own."""
         raise NotImplementedError
 
+    def content_of(self, segment: Segment, key: str) -> Content:
+        """Return what the optimizer's state ``key`` holds."""
+        raise NotImplementedError
+
     def state_tensors(self) -> list[torch.Tensor]:
         """Return the tensors of the optimizer's state that lie on the device and are not single numbers."""
-        here = {segment.param for segment in self.segments if not segment.lane.keeper.away}
-        values = [value for param, state in self.optimizer.state.items() if param in here for value in state.values()]
-        return [value for value in values if isinstance(value, torch.Tensor) and value.dim()]
+        found: list[torch.Tensor] = []
+        for segment in self.segments:
+            if segment.lane.keeper.away:
+                continue
+            for key, value in self.optimizer.state.get(segment.param, {}).items():
+                if key in segment.kept:
+                    found += segment.kept[key].tensors()
+                elif isinstance(value, torch.Tensor) and value.dim():
+                    found.append(value)
+        return found
 
     def kept(self) -> list[Kept]:
         """Return the arrays of the optimizer's state that live elsewhere."""
-        return [kept for segment in self.segments for kept in segment.kept.values()]
+        return [kept for segment in self.segments if segment.lane.keeper.away for kept in segment.kept.values()]
 
     def describe(self) -> dict[str, tuple[dict[str, torch.dtype], dict[str, Any]]]:
         """Return, for every parameter with state on this rank, ``({tensor key: dtype}, {scalar key: value})``."""
@@ -114,8 +125,8 @@ class States:
         state: dict[str, Any] = {}
         for key, dtype in dtypes.items():
             dtype = segment.param.dtype if dtype.is_floating_point else dtype
-            if segment.lane.keeper.away:
-                state[key] = segment.keep(key, dtype)
+            if segment.lane.keeper.walks:
+                state[key] = segment.keep(key, dtype, self.content_of(segment, key))
             else:
                 state[key] = torch.zeros_like(segment.param, dtype=dtype, requires_grad=False)
         for key, value in scalars.items():

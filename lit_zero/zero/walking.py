@@ -1,8 +1,8 @@
-"""The step of an optimizer on masters that live elsewhere.
+"""The step of an optimizer on masters that live elsewhere, or are kept in another form.
 
 [Note: the step inside the step] The user's optimizer is stepped by Lightning, a loss scaler or the user, with hooks and
 schedulers around it, and the backward may run inside, in its closure. So its own ``step`` is called as ever, with a
-closure that runs last: it steps what lives elsewhere, portion by portion, and takes those gradients away. The optimizer
+closure that runs last: it steps those masters, portion by portion, and takes their gradients away. The optimizer
 then steps what is left, or nothing. Each portion is stepped by a ``Twin`` and starts from the same counters; those of
 the last one are kept.
 
@@ -10,6 +10,12 @@ the last one are kept.
 thread goes through it, unit by unit in the order in which the next forward needs them, and each gather waits for its
 lane (``Lane.stepped``). Whoever reads masters, states or gradients waits for all (``Engine.join``), the next backward
 included. With manual optimization gradients stay after the step, and the step is over when it returns.
+
+[Note: the step inside the backward] The backward runs inside the closure, so its optimizer may step a lane as soon as
+the lane's gradients are reduced, with the hyper-parameters that hold when the closure begins. A rank does so if each of
+the lane's parameters has got a gradient from its own loss: then the parameter counts as reached on every rank.
+Otherwise only the comparison of all ranks at the end of the backward tells whether it is to be stepped at all, and the
+lane waits for it. What a rank steps is its own, so ranks need not do so at the same time.
 """
 
 from __future__ import annotations
@@ -22,6 +28,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lit_zero.core.errors import LitZeroError
+from lit_zero.core.keeping import Content, Origin
 from lit_zero.core.ticket import Ticket
 from lit_zero.zero.lane import Lane
 from lit_zero.zero.segment import Segment, copied_value, is_elementwise
@@ -31,7 +39,7 @@ _MASTER = ""  # among the names of states
 
 
 class Walking:
-    """Steps the segments of a binding whose masters live elsewhere.
+    """Steps the segments of a binding whose masters live elsewhere or in another form.
 
     Attributes:
         optimizer: the user's.
@@ -42,21 +50,29 @@ class Walking:
     segments: list[Segment]
     _run: Callable[[Callable[[], None]], Ticket]
     _taken: list[tuple[Segment, torch.Tensor]]  # what the last step has used
+    _early: Twin | None = None  # steps lanes while the closure of a step runs
+    _steps: int = 0  # that have been taken, for optimizers that do not count
 
-    def wrap_step(self, run: Callable[[Callable[[], None]], Ticket]) -> Unwrap:
-        """Let ``optimizer.step`` step what lives elsewhere too [Note: the step inside the step].
+    def wrap_step(self, run: Callable[[Callable[[], None]], Ticket], early: bool = False) -> Unwrap:
+        """Let ``optimizer.step`` step in portions too [Note: the step inside the step].
 
         Args:
             run: does the steps, one after the other [Note: the step beside the next forward].
+            early: lanes are stepped in the closure [Note: the step inside the backward].
         """
         self._run = run
         handle, inner, walk = Unwrap(self.optimizer), self.optimizer.step, self.walk
+        begin = self._begin_closure if early else lambda: None
 
         @wraps(inner)
         def step(_: Any, closure: Any = None, *args: Any, **kwargs: Any) -> Any:
             def last() -> Any:
-                loss = None if closure is None else closure()
-                walk()
+                begin()
+                try:
+                    loss = None if closure is None else closure()
+                    walk()
+                finally:
+                    self._early = None
                 return loss
 
             return inner(last, *args, **kwargs)
@@ -66,21 +82,57 @@ class Walking:
 
     @torch.no_grad()
     def walk(self) -> None:
-        """Step what lives elsewhere and take its gradients away."""
-        twin, todo = Twin(self.optimizer), dict[Lane, list[Callable[[], None]]]()
+        """Step what is stepped in portions, and take its gradients away."""
+        self._end_closure()
+        twin, todo = self._twin(), dict[Lane, list[Callable[[], None]]]()
         self._taken = []
         for segment in self.segments:  # unit by unit, as the next forward needs them
             grad = segment.param.grad
-            if grad is None or not segment.lane.keeper.away:
+            if grad is None or not segment.lane.keeper.walks:
                 continue
             self._taken.append((segment, grad))
             segment.param.grad = None
             if segment.first < segment.last:
-                to_come = sum(dtype.itemsize for dtype in self._dtypes_to_come(twin, segment))
-                step = partial(self._step, twin, segment, grad, to_come)
+                step = partial(self._step, twin, segment, grad)
                 todo.setdefault(segment.lane, []).append(step)
         for lane, steps in todo.items():
             lane.stepped = self._run(partial(_all, steps))
+        self._steps += 1
+
+    def _twin(self) -> Twin:
+        return Twin(self.optimizer, away=any(segment.lane.keeper.away for segment in self.segments))
+
+    # ---- inside the backward
+
+    def _begin_closure(self) -> None:
+        self._early = self._twin()
+
+    def _end_closure(self) -> None:
+        early, self._early = self._early, None
+        if early is not None and not early.same_settings(self.optimizer):
+            raise LitZeroError(
+                f"The settings of {type(self.optimizer).__name__} were changed between the backward and its step, but "
+                "with precision.step='backward' most of the step is over by then. Change them before the step begins "
+                "(on_train_batch_start), or set precision.step='after'."
+            )
+
+    @property
+    def may_step(self) -> bool:
+        """Whether a backward that runs now belongs to a step."""
+        return self._early is not None
+
+    @torch.no_grad()
+    def step_lane(self, lane: Lane) -> None:
+        """Step a lane whose gradients are complete, and let go of them [Note: the step inside the backward]."""
+        assert self._early is not None
+        grad = lane.master_grad()
+        for segment in self.segments:
+            if segment.lane is lane and segment.first < segment.last:
+                self._step(self._early, segment, grad[segment.first : segment.last])
+        lane.drop_gradients()
+        lane.count_step()
+
+    # ---- one segment
 
     def restore(self) -> None:
         """Hold the gradients again that the last step has taken away."""
@@ -88,40 +140,52 @@ class Walking:
             segment.param.grad = grad
         self._taken = []
 
-    def _step(self, twin: Twin, segment: Segment, grad: torch.Tensor, to_come: int) -> None:
+    def _step(self, twin: Twin, segment: Segment, grad: torch.Tensor) -> None:
         lane, state = segment.lane, self.optimizer.state.get(segment.param, {})
+        to_come = sum(dtype.itemsize for dtype in self._dtypes_to_come(twin, segment))
         counters = {key: value for key, value in state.items() if key not in segment.kept}
         arrays = {_MASTER: lane.master.part(segment.first, segment.last)}
         if state:  # else what is kept is old: a checkpoint without it has been loaded since
             arrays |= segment.kept
         after: dict[str, Any] = {}
-        for first, last, views in lane.keeper.walk(arrays, to_come):
+        for first, last, views in lane.keeper.walk(arrays, to_come, self._origin(segment, state)):
             param = nn.Parameter(views[_MASTER])
-            param.grad = grad[first:last]
+            param.grad = grad[first:last].to(param.dtype)
             given = {key: view for key, view in views.items() if key != _MASTER}
             given |= {key: copied_value(value) for key, value in counters.items()}
             after = twin.step(segment.param, param, given)
             for key, value in after.items():
                 if is_elementwise(value, param) and value is not given.get(key):
-                    self._take(segment, key, value, first, views)
+                    self._take(twin, segment, key, value, first, views)
             lane.spread(segment.first + first, param.data)
         self.optimizer.state[segment.param] = {
             key: segment.kept[key].stand_in() if key in segment.kept else value for key, value in after.items()
         }
 
+    def _origin(self, segment: Segment, state: dict[str, Any]) -> Origin:
+        group = next((g for g in self.optimizer.param_groups if any(p is segment.param for p in g["params"])), {})
+        counted = state.get("step", group.get("step", self._steps))
+        return Origin(segment.lane.infos[0].name, segment.lane.master_start + segment.first, _whole(counted))
+
     def _take(
-        self, segment: Segment, key: str, value: torch.Tensor, first: int, views: dict[str, torch.Tensor]
+        self,
+        twin: Twin,
+        segment: Segment,
+        key: str,
+        value: torch.Tensor,
+        first: int,
+        views: dict[str, torch.Tensor],
     ) -> None:
         """Take over a state that the step has made anew, for the portion that begins at ``first``."""
         if key in views:
             views[key].copy_(value)
         else:
-            segment.keep(key, value.dtype)
+            segment.keep(key, value.dtype, _content(twin, segment, key))
             segment.kept[key].write(first, value)
 
     def states_to_come(self) -> list[int]:
         """Return the bytes of each array that the optimizer is still going to make elsewhere, with its first step."""
-        twin = Twin(self.optimizer)
+        twin = self._twin()
         return [
             (segment.last - segment.first) * dtype.itemsize
             for segment in self.segments
@@ -130,7 +194,30 @@ class Walking:
         ]
 
     def _dtypes_to_come(self, twin: Twin, segment: Segment) -> Sequence[torch.dtype]:
-        return [] if self.optimizer.state.get(segment.param) else twin.state_dtypes(segment.param)
+        if self.optimizer.state.get(segment.param):
+            return []
+        return [dtype for dtype, _ in twin.states(segment.param).values()]
+
+    def content_of(self, segment: Segment, key: str) -> Content:
+        """Return what the optimizer's state ``key`` holds; what it does not keep by itself counts as weights."""
+        return _content(self._twin(), segment, key)
+
+    def contents(self) -> list[Content]:
+        """Return what the optimizer's fp32 states hold, of all segments."""
+        twin = self._twin()
+        found = (twin.states(segment.param).values() for segment in self.segments)
+        return [content for states in found for dtype, content in states if dtype == torch.float32]
+
+
+def _content(twin: Twin, segment: Segment, key: str) -> Content:
+    return twin.states(segment.param).get(key, (None, Content.WEIGHTS))[1]
+
+
+def _whole(step: Any) -> int | torch.Tensor:
+    """Return the number of a step; on a GPU it stays there."""
+    if isinstance(step, torch.Tensor):
+        return step if step.is_cuda else int(step)
+    return int(step)
 
 
 def _all(steps: Sequence[Callable[[], None]]) -> None:
