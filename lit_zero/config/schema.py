@@ -120,6 +120,20 @@ class ActivationPartition(ActivationFull):
 
 
 @dataclass
+class LayersPlain(Target):
+    """``layers=plain``."""
+
+    variant: str = MISSING
+
+
+@dataclass
+class LayersFused(LayersPlain):
+    """``layers=fused``."""
+
+    replace: Any = MISSING
+
+
+@dataclass
 class OffloadNone(Target):
     """``offload=none``."""
 
@@ -236,6 +250,7 @@ class ModelSchema(Target):
     dropout: float = MISSING
     tied: bool = MISSING
     bias: bool = MISSING
+    loss: str = MISSING
     optimizer: Any = MISSING
     scheduler: Any = MISSING
 
@@ -286,6 +301,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "budget": ActivationBudget,
         "partition": ActivationPartition,
     },
+    "layers": {"plain": LayersPlain, "fused": LayersFused},
     "offload": {"none": OffloadNone, "cpu": OffloadCpu, "disk": OffloadDisk},
     "precision": {"32-true": PrecisionTrue32, "16-true": PrecisionTrue16, "mixed": PrecisionMixed},
     "optimizer": {"adam": AdamSchema, "sgd": SGDSchema},

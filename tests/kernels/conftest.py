@@ -1,0 +1,58 @@
+"""Kernels under Triton's interpreter on every machine, and compiled where there is a GPU.
+
+Triton reads ``TRITON_INTERPRET`` when it is imported (its own library is made of kernels) and whenever a kernel is
+defined. So the interpreted triton and our kernels on it are modules of their own, which take the places of the others
+while a test wants them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+
+import pytest
+import torch
+
+_INTERPRETED: dict[str, ModuleType] = {}
+
+
+def _taken_out() -> dict[str, ModuleType]:
+    """Take triton and the kernels on it out of ``sys.modules``; the part written in C++ cannot be there twice."""
+    names = [
+        name
+        for name in sys.modules
+        if (name.split(".")[0] == "triton" and not name.startswith("triton._C"))
+        or name.startswith("lit_zero.kernels.triton_")
+    ]
+    return {name: sys.modules.pop(name) for name in names}
+
+
+@pytest.fixture
+def interpreted() -> Iterator[None]:
+    """Let kernels run under the interpreter."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("no triton on this platform")
+    before, said = _taken_out(), os.environ.get("TRITON_INTERPRET")
+    sys.modules.update(_INTERPRETED)
+    os.environ["TRITON_INTERPRET"] = "1"
+    try:
+        yield
+    finally:
+        if said is None:
+            del os.environ["TRITON_INTERPRET"]
+        else:
+            os.environ["TRITON_INTERPRET"] = said
+        _INTERPRETED.update(_taken_out())
+        sys.modules.update(before)
+
+
+@pytest.fixture(params=["interpreted", pytest.param("compiled", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Where kernels run: on the CPU, interpreted, and on a GPU."""
+    if request.param == "interpreted":
+        request.getfixturevalue("interpreted")
+        return torch.device("cpu")
+    return torch.device("cuda", 0)
