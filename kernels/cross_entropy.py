@@ -8,9 +8,8 @@ the logarithm of the normaliser ("z-loss") by Chowdhery et al., "PaLM" (2022), s
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
 from lit_zero.kernels.rows import runs_on_rows, wide
+from torch import Tensor
 
 
 def losses_(

@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from lit_zero.kernels.rows import rows_of, runs_on_rows, wide
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-
-from lit_zero.kernels.rows import rows_of, runs_on_rows, wide
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 

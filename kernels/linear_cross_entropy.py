@@ -4,9 +4,9 @@ The loss is computed for some rows at a time: their logits, their losses, and, w
 of the logits (which takes their place) and its products, the gradients of the rows and of the weight. So one chunk of
 logits is all there is, and the backward only multiplies by the gradient of the loss.
 
-[Note: what is scaled when] The gradients that the forward leaves are those of the sum of losses. The backward multiplies
-them by the gradient of the loss (and by 1 / the number of targets) in float32: in float16 the gradient of a mean over
-many rows would be lost before a loss scaler's factor arrives.
+[Note: what is scaled when] The gradients that the forward leaves are those of the sum of losses. The backward
+multiplies them by the gradient of the loss (and by 1 / the number of targets) in float32: in float16 the gradient of a
+mean over many rows would be lost before a loss scaler's factor arrives.
 
 [Note: unreduced losses] With ``reduction="none"`` every row has a gradient of its own, which is known in the backward
 only. There the logits are computed once more, chunk by chunk.
@@ -22,11 +22,10 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.autograd.function import once_differentiable
-
 from lit_zero.kernels.cross_entropy import losses_
 from lit_zero.kernels.rows import wide
+from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 _LOGITS = {"cpu": 1 << 21}  # elements of a chunk of logits, by kind of device
 _LOGITS_ELSEWHERE = 1 << 26
@@ -238,7 +237,8 @@ def _check(
 ) -> None:
     if weight.dim() != 2 or hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"hidden is {list(hidden.shape)} and weight {list(weight.shape)}: expected [..., dim] and [vocabulary, dim]."
+            f"hidden is {list(hidden.shape)} and weight {list(weight.shape)}: expected [..., dim] and "
+            "[vocabulary, dim]."
         )
     if targets.shape != hidden.shape[:-1] or targets.dtype != torch.int64:
         raise ValueError(

@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from lit_zero.kernels.rows import rows_of, runs_on_rows, wide
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-
-from lit_zero.kernels.rows import rows_of, runs_on_rows, wide
 
 WIDEST = 32768  # elements of a row that one program of the Triton kernel holds; wider rows run the reference
 
@@ -177,9 +176,7 @@ def _result(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def _checked(
-    x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None
-) -> tuple[int, ...]:
+def _checked(x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None) -> tuple[int, ...]:
     shape = tuple(normalized_shape)
     given = {"x": tuple(x.shape[max(x.dim() - len(shape), 0) :])}
     given |= {name: tuple(t.shape) for name, t in (("weight", weight), ("bias", bias)) if t is not None}

@@ -8,10 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from lit_zero.kernels.rows import runs_on_rows, wide
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-
-from lit_zero.kernels.rows import runs_on_rows, wide
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, dtype: torch.dtype) -> Tensor:
@@ -106,7 +105,9 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Te
 
 
 def _fits(x: Tensor, cos: Tensor) -> bool:
-    return cos.dim() <= x.dim() and all(c in (1, n) for c, n in zip(reversed(cos.shape), reversed(x.shape), strict=False))
+    return cos.dim() <= x.dim() and all(
+        c in (1, n) for c, n in zip(reversed(cos.shape), reversed(x.shape), strict=False)
+    )
 
 
 def angles(length: int, dim: int, base: float = 10000.0, device: Any = None) -> tuple[Tensor, Tensor]:

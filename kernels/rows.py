@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import torch
-
 from lit_zero.kernels.choice import runs_kernel
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -59,11 +59,12 @@ def losses_(
     if column_stride != 1:
         raise ValueError("The columns of logits must be neighbours: they are overwritten in place.")
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    step = 0 if scale is None or scale.numel() == 1 else scale.stride(0)
+    flags = {"SMOOTH": smoothing > 0, "GRADIENT": scale is not None}
+    block = min(_BLOCK, triton.next_power_of_2(width))
     with torch.cuda.device_of(logits):
         _losses[(rows,)](
-            logits, targets.contiguous(), losses, scale, logits_stride,
-            0 if scale is None or scale.numel() == 1 else scale.stride(0),
-            width, ignore_index, smoothing, z_loss,
-            SMOOTH=smoothing > 0, GRADIENT=scale is not None, BLOCK=min(_BLOCK, triton.next_power_of_2(width)), num_warps=8,
+            logits, targets.contiguous(), losses, scale, logits_stride, step, width, ignore_index, smoothing, z_loss,
+            **flags, BLOCK=block, num_warps=8,
         )  # fmt: skip
     return losses

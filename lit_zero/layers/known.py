@@ -178,9 +178,7 @@ def _is_attention(module: nn.Module) -> bool:
 _ROTARY = "apply_rotary_pos_emb"
 
 
-def _rotary_pair(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
-) -> tuple[Tensor, Tensor]:
+def _rotary_pair(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
     cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
     return rotary(q, cos, sin), rotary(k, cos, sin)
 

@@ -28,8 +28,8 @@ def _known(module: nn.Module, policy: Layers) -> dict[str, list[tuple[str, Any]]
     for name, each in module.named_modules():
         if each._compiled_call_impl is not None or "_orig_mod" in each._modules:
             raise UnsupportedError(
-                f"layers.variant='fused' does not go with torch.compile: {name or type(module).__name__!r} is compiled, "
-                "and the compiler fuses these layers itself. Use layers=plain, or do not compile."
+                f"layers.variant='fused' does not go with torch.compile: {name or type(module).__name__!r} is "
+                "compiled, and the compiler fuses these layers itself. Use layers=plain, or do not compile."
             )
         known = None if _taken(each) else fused_forward(each, proven)
         if known is not None and known[0] in found:
@@ -37,8 +37,8 @@ def _known(module: nn.Module, policy: Layers) -> dict[str, list[tuple[str, Any]]
     missing = [kind for kind in kinds if not found[kind]]
     if len(missing) == len(kinds) or (missing and policy.replace != "auto"):
         raise ConfigError(
-            f"layers.variant='fused' has no effect on {', '.join(missing)}: {type(module).__name__} has none of what is "
-            f"known. Looked for: {'; '.join(LOOKED_FOR[kind] for kind in missing)}. Remove "
+            f"layers.variant='fused' has no effect on {', '.join(missing)}: {type(module).__name__} has none of what "
+            f"is known. Looked for: {'; '.join(LOOKED_FOR[kind] for kind in missing)}. Remove "
             f"{'layers=fused' if len(missing) == len(kinds) else 'them from layers.replace'}, or build the model with "
             "the modules of lit_zero.layers."
         )

@@ -54,8 +54,14 @@ def test_two_tensors_are_saved():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ((torch.ones(2), torch.ones(2), "relu"), "activation='relu' is not known. Choose one of: silu, gelu, gelu_tanh"),
-        ((torch.ones(2), torch.ones(3)), r"gate is torch.float32 \[2\] and up is torch.float32 \[3\]: expected the same"),
+        (
+            (torch.ones(2), torch.ones(2), "relu"),
+            "activation='relu' is not known. Choose one of: silu, gelu, gelu_tanh",
+        ),
+        (
+            (torch.ones(2), torch.ones(3)),
+            r"gate is torch.float32 \[2\] and up is torch.float32 \[3\]: expected the same",
+        ),
         ((torch.ones(2), torch.ones(2).double()), "expected the same dtype"),
     ],
 )

@@ -90,7 +90,9 @@ def test_rows_of_several_dimensions():
         assert found["gradient of hidden"].shape == (3, 4, 5)
 
 
-@pytest.mark.parametrize("settings", [{}, {"reduction": "sum"}, {"reduction": "none"}, {"label_smoothing": 0.1}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"reduction": "sum"}, {"reduction": "none"}, {"label_smoothing": 0.1}], ids=str
+)
 def test_with_every_target_ignored_as_torch(settings):
     inputs, targets = problem()
     targets.fill_(-100)
@@ -188,7 +190,9 @@ def test_what_is_frozen_costs_nothing(frozen, reduction):
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         linear_cross_entropy(targets=targets, reduction=reduction, **leaves).sum().backward()
     again = reduction == "none"  # the logits are computed once more
-    products = sum(event.count for event in profile.key_averages() if event.key in ("aten::addmm", "aten::addmm_", "aten::mm"))
+    products = sum(
+        event.count for event in profile.key_averages() if event.key in ("aten::addmm", "aten::addmm_", "aten::mm")
+    )
     assert products == 1 + again + sum(name != frozen for name in ("hidden", "weight"))
     assert leaves[frozen].grad is None and all(leaf.grad is not None for n, leaf in leaves.items() if n != frozen)
 
@@ -227,14 +231,26 @@ def test_logits_never_stand_whole():
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"weight": torch.ones(3, 4)}, ValueError, r"hidden is \[7, 5\] and weight \[3, 4\]: expected \[..., dim\] and"),
-        ({"targets": torch.zeros(6, dtype=torch.int64)}, ValueError, r"targets are torch.int64 \[6\]: expected one class"),
+        (
+            {"weight": torch.ones(3, 4)},
+            ValueError,
+            r"hidden is \[7, 5\] and weight \[3, 4\]: expected \[..., dim\] and",
+        ),
+        (
+            {"targets": torch.zeros(6, dtype=torch.int64)},
+            ValueError,
+            r"targets are torch.int64 \[6\]: expected one class",
+        ),
         ({"targets": torch.zeros(7)}, ValueError, r"targets are torch.float32 \[7\]: expected one class, torch.int64"),
         ({"bias": torch.ones(3)}, ValueError, r"bias is \[3\]: expected one number for each of 11 classes"),
         ({"label_smoothing": 2.0}, ValueError, "label_smoothing=2.0 is not valid: expected a number from 0 to 1"),
         ({"reduction": "avg"}, ValueError, "reduction='avg' is not known. Choose one of: mean, sum, none"),
         ({"rows": 0}, ValueError, "rows=0 is not valid: expected a whole number of at least 1"),
-        ({"weight": torch.ones(11, 5)}, ValueError, "hidden is torch.float64 and weight is torch.float32: expected one"),
+        (
+            {"weight": torch.ones(11, 5)},
+            ValueError,
+            "hidden is torch.float64 and weight is torch.float32: expected one",
+        ),
         ({"targets": torch.full((7,), 11)}, IndexError, "Targets reach from 11 to 11: expected 0 to 10"),
         ({"targets": torch.full((7,), -1)}, IndexError, "Targets reach from -1 to -1: expected 0 to 10"),
     ],
@@ -261,7 +277,12 @@ def check_rows(device, sizes, dtypes):
             right = losses_of(leaf, targets, settings)
             (right * scale.double()).sum().backward()
             what = f"{rows} x {width}, {dtype}, {settings}"
-            compare({"losses": losses, "gradient": given}, {"losses": right.detach(), "gradient": leaf.grad}, TOLERANCE[dtype], what)
+            compare(
+                {"losses": losses, "gradient": given},
+                {"losses": right.detach(), "gradient": leaf.grad},
+                TOLERANCE[dtype],
+                what,
+            )
             given = logits.clone()
             assert torch.equal(losses_(given, targets, *settings, None), losses), what
     assert used("triton_cross_entropy")

@@ -86,7 +86,9 @@ def test_a_gradient_of_a_gradient_is_refused():
 
 
 def test_shapes_that_do_not_fit():
-    with pytest.raises(ValueError, match=r"normalized_shape=\[8\] does not fit weight, whose last dimensions are \(4,\)"):
+    with pytest.raises(
+        ValueError, match=r"normalized_shape=\[8\] does not fit weight, whose last dimensions are \(4,\)"
+    ):
         layer_norm(torch.ones(2, 8), (8,), torch.ones(4))
     with pytest.raises(ValueError, match=r"normalized_shape=\[8\] does not fit x, whose last dimensions are \(4,\)"):
         rms_norm(torch.ones(2, 4), (8,))

