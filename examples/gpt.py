@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_zero.core.errors import ConfigError
+from lit_zero.core.errors import ConfigError, check_choice
+from lit_zero.layers import linear_cross_entropy
 
 # [Note: initial weights are drawn in one place]
 # Every module below that owns a parameter draws its final values in its own ``reset_parameters`` and nowhere else. So a
@@ -51,8 +52,19 @@ class TiedHead(nn.Module):
     def reset_parameters(self) -> None:
         """Draw nothing: the embedding, which owns the weight, has drawn it."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
+        """See ``Head``."""
+        return F.linear(x, self.weight) if targets is None else linear_cross_entropy(x, self.weight, targets)
+
+
+class Head(Linear):
+    """The output layer."""
+
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Return logits [..., vocab_size] of ``x`` [..., dim], or with ``targets`` [...] the mean cross-entropy, for
+        which the logits never stand whole.
+        """
+        return super().forward(x) if targets is None else linear_cross_entropy(x, self.weight, targets)
 
 
 class Block(nn.Module):
@@ -108,9 +120,11 @@ class GPT(nn.Module):
         dropout: dropout probability.
         tied: the output layer shares the token embedding's weight.
         bias: whether linear layers and norms have a bias.
+        loss: ``plain`` (of the logits) or ``fused`` (with the output layer: the logits never stand whole).
 
     Raises:
-        ConfigError: for a size below one, a ``dim`` that ``heads`` does not divide, or a ``dropout`` outside [0, 1).
+        ConfigError: for an unknown ``loss``, a size below one, a ``dim`` that ``heads`` does not divide, or a
+            ``dropout`` outside [0, 1).
     """
 
     def __init__(
@@ -123,8 +137,10 @@ class GPT(nn.Module):
         dropout: float = 0.0,
         tied: bool = True,
         bias: bool = False,
+        loss: str = "plain",
     ) -> None:
         super().__init__()
+        check_choice("model.loss", loss, ("plain", "fused"))
         sizes = {"vocab_size": vocab_size, "block_size": block_size, "dim": dim, "layers": layers, "heads": heads}
         for key, size in sizes.items():
             if size < 1:
@@ -133,13 +149,13 @@ class GPT(nn.Module):
             raise ConfigError(f"model.dim={dim} cannot be split over model.heads={heads}: heads must divide dim.")
         if not 0.0 <= dropout < 1.0:
             raise ConfigError(f"model.dropout={dropout} is not a probability: expected 0 <= dropout < 1.")
-        self.block_size = block_size
+        self.block_size, self.loss = block_size, loss
         self.token_embedding = Embedding(vocab_size, dim, std=0.02)
         self.position_embedding = Embedding(block_size, dim, std=0.02)
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(Block(dim, heads, layers, dropout, bias) for _ in range(layers))
         self.norm = nn.LayerNorm(dim, bias=bias)
-        self.head = TiedHead(self.token_embedding) if tied else Linear(dim, vocab_size, bias=False, std=0.02)
+        self.head = TiedHead(self.token_embedding) if tied else Head(dim, vocab_size, bias=False, std=0.02)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """Return logits [B, T, vocab_size], or with ``targets`` [B, T] the mean cross-entropy in nats per token.
@@ -152,7 +168,10 @@ class GPT(nn.Module):
         x = self.dropout(self.token_embedding(tokens) + self.position_embedding(positions))  # [B, T, dim]
         for block in self.blocks:
             x = block(x)
-        logits = self.head(self.norm(x))
+        x = self.norm(x)
+        if targets is not None and self.loss == "fused":
+            return self.head(x, targets)
+        logits = self.head(x)
         if targets is None:
             return logits
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())

@@ -98,6 +98,7 @@ class LitGPT(pl.LightningModule):
         dropout: dropout probability.
         tied: the output layer shares the token embedding's weight.
         bias: whether linear layers and norms have a bias.
+        loss: ``plain``, or ``fused`` with the output layer, whose logits then never stand whole.
         optimizer: called with the parameter groups. Parameters with fewer than two dimensions get no weight decay; the
             others get the optimizer's own ``weight_decay``.
         scheduler: called with the optimizer, and with ``total_steps`` if it has such an argument; it is stepped after
@@ -116,6 +117,7 @@ class LitGPT(pl.LightningModule):
         dropout: float = 0.0,
         tied: bool = True,
         bias: bool = False,
+        loss: str = "plain",
         optimizer: Callable[[Iterable[Any]], Optimizer] = ADAMW,
         scheduler: Callable[..., Any] | None = None,
     ) -> None:

@@ -10,6 +10,7 @@ from lit_zero.activation import Activation
 from lit_zero.checkpoint import Checkpoint
 from lit_zero.comm import Comm
 from lit_zero.config.search_path import register as _register_search_path
+from lit_zero.layers import Layers
 from lit_zero.offload import Offload
 from lit_zero.pipeline import Pipeline
 from lit_zero.precision import Precision
@@ -21,6 +22,7 @@ __all__ = [
     "Activation",
     "Checkpoint",
     "Comm",
+    "Layers",
     "Offload",
     "Pipeline",
     "Precision",

@@ -34,6 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "lit_zero.checkpoint": {"lit_zero.core", "lit_zero.comm.world", "lit_zero._version"},
     "lit_zero.pipeline": {"lit_zero.core", "lit_zero.comm.transport", "lit_zero.comm.graph_cut"},
     "lit_zero.offload": {"lit_zero.core"},
+    "lit_zero.layers": {"lit_zero.core", "lit_zero.kernels"},
     "lit_zero.optim": {"lit_zero.core", "lit_zero.kernels"},
     "lit_zero.config": {"lit_zero.core"},
     "lit_zero.strategy": {
@@ -44,6 +45,7 @@ ALLOWED: dict[str, set[str]] = {
         "lit_zero.checkpoint",
         "lit_zero.pipeline",
         "lit_zero.activation",
+        "lit_zero.layers",
         "lit_zero.offload",
         "lit_zero.config.jobs",  # the command line that a rank is launched with depends on the Hydra job it belongs to
         "lit_zero.config.validate",  # one check of the number of processes, for Hydra users and for Trainer users
@@ -62,6 +64,7 @@ ALLOWED: dict[str, set[str]] = {
         "lit_zero.checkpoint",
         "lit_zero.comm",
         "lit_zero.config.search_path",
+        "lit_zero.layers",
         "lit_zero.offload",
         "lit_zero.optim",
         "lit_zero.pipeline",

@@ -120,6 +120,20 @@ class ActivationPartition(ActivationFull):
 
 
 @dataclass
+class LayersPlain(Target):
+    """``layers=plain``."""
+
+    variant: str = MISSING
+
+
+@dataclass
+class LayersFused(LayersPlain):
+    """``layers=fused``."""
+
+    replace: Any = MISSING
+
+
+@dataclass
 class OffloadNone(Target):
     """``offload=none``."""
 
@@ -264,6 +278,7 @@ class ModelSchema(Target):
     dropout: float = MISSING
     tied: bool = MISSING
     bias: bool = MISSING
+    loss: str = MISSING
     optimizer: Any = MISSING
     scheduler: Any = MISSING
 
@@ -314,6 +329,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "budget": ActivationBudget,
         "partition": ActivationPartition,
     },
+    "layers": {"plain": LayersPlain, "fused": LayersFused},
     "offload": {"none": OffloadNone, "cpu": OffloadCpu, "disk": OffloadDisk},
     "precision": {
         "64-true": PrecisionTrue64,

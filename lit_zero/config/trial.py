@@ -155,6 +155,7 @@ def _try_model(cfg: DictConfig, strategy: Any) -> None:
     if strategy is not None:
         _call("zero", lambda: strategy.check_units(model))
         _call("activation", lambda: strategy.check_activation(model))
+        _call("layers", lambda: strategy.layers.check_fit(model))
         _call("pipeline", lambda: strategy.check_blocks(model))
 
 

@@ -90,7 +90,7 @@ def _check_policies(cfg: DictConfig) -> None:
     from hydra.utils import instantiate
     from omegaconf.errors import InterpolationKeyError, InterpolationResolutionError
 
-    for group in ("zero", "pipeline", "activation", "offload", "precision", "comm", "checkpoint"):
+    for group in ("zero", "pipeline", "activation", "layers", "offload", "precision", "comm", "checkpoint"):
         if not _target(cfg, group).startswith("lit_zero."):
             continue
         try:

@@ -25,6 +25,8 @@ from lit_zero.comm.batch_norm import serve_the_cpu
 from lit_zero.comm.open import open_exchange
 from lit_zero.comm.policy import Comm
 from lit_zero.core.errors import LitZeroError, UnsupportedError
+from lit_zero.layers.policy import Layers
+from lit_zero.layers.replacing import Replacement
 from lit_zero.offload.policy import Offload
 from lit_zero.precision.policy import Lowering, Precision
 from lit_zero.strategy import fabric_checkpoints
@@ -74,6 +76,7 @@ class FabricZeroStrategy(Ranked, fabric_strategies.ParallelStrategy):
         precision: how mixed modes treat parameters and gradients; the mode itself is ``Fabric(precision=...)``.
         comm: how bytes travel.
         activation: what lives between forward and backward.
+        layers: what computes known layers.
         checkpoint: format of what is written.
         offload: where shards live between uses.
         nonfinite_loss: what becomes of a loss that is NaN or infinite.
@@ -101,6 +104,7 @@ class FabricZeroStrategy(Ranked, fabric_strategies.ParallelStrategy):
         timeout: float | timedelta = 1800.0,
         process_group_backend: str | None = None,
         activation: str | Activation = "none",
+        layers: str | Layers = "plain",
         **kwargs: Any,
     ) -> None:
         new_job()
@@ -112,7 +116,7 @@ class FabricZeroStrategy(Ranked, fabric_strategies.ParallelStrategy):
         self._settle(
             zero, precision, comm, checkpoint, offload, nonfinite_loss, "error", timeout, process_group_backend
         )
-        self.activations = Activations(activation)
+        self.activations, self.layers = Activations(activation), Replacement(layers)
         self._managed = Managed()
         self._backward_sync_control = _NoReduce(self._managed)
         if self._checkpoint_io is not None:
@@ -206,6 +210,7 @@ class FabricZeroStrategy(Ranked, fabric_strategies.ParallelStrategy):
         if previous is not None:  # of another Fabric
             previous.detach()
         serve_the_cpu(module)
+        self.layers.apply(module, self.root_device)
         self.activations.apply(self, module, [list(range(self.world_size))])
         refuse_early_step_by_hand(self.precision_policy, "a loop of Fabric's")
         self.precision_policy.check_mode(str(self.precision.precision))

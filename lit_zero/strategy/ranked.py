@@ -20,9 +20,10 @@ from lit_zero.comm.meeting import open_store
 from lit_zero.comm.policy import Comm
 from lit_zero.core.errors import LitZeroError, check_choice
 from lit_zero.core.keeping import Keeping
+from lit_zero.layers.replacing import Replacement
 from lit_zero.offload.open import open_keeping
 from lit_zero.offload.policy import Offload
-from lit_zero.precision.policy import Precision
+from lit_zero.precision.policy import Lowering, Precision
 from lit_zero.precision.small import Small
 from lit_zero.strategy.activations import Activations
 from lit_zero.strategy.arguments import duration, instance
@@ -30,6 +31,7 @@ from lit_zero.strategy.flavour import _init_dist_connection, fabric_rank_zero_on
 from lit_zero.strategy.refusals import refuse_offload_without_shards, refuse_other_size, refuse_surplus_rank
 from lit_zero.strategy.small import refuse_offload_of_small_state
 from lit_zero.zero.policy import Placement, Row, Zero
+from lit_zero.zero.units import plan_units
 
 if TYPE_CHECKING:
     from typing import Any as _Base
@@ -43,10 +45,12 @@ class Ranked(_Base):
     Attributes:
         data_parallel_size: ranks over which batches are divided.
         activations: the user's choice of what lives between forward and backward, at work.
+        layers: the user's choice of what computes known layers, at work.
     """
 
     _num_nodes = 1
     activations: Activations
+    layers: Replacement
 
     def _settle(
         self,
@@ -110,6 +114,14 @@ class Ranked(_Base):
                 f"The loss is {value} on rank {self.global_rank}{when}. No weight has been changed by it{then}. Set "
                 "nonfinite_loss='ignore' in ZeroStrategy to train on."
             )
+
+    def check_units(self, module: torch.nn.Module) -> None:
+        """Refuse a choice of ``zero.units`` that does not fit ``module``, which may be on the meta device.
+
+        Raises:
+            ConfigError: naming what is not there.
+        """
+        plan_units(module, self.zero.units, Lowering(self.precision_policy))
 
     @property
     def activation(self) -> Activation:

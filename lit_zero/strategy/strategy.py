@@ -17,6 +17,8 @@ from lit_zero.comm.open import open_exchange
 from lit_zero.comm.policy import Comm
 from lit_zero.comm.roll_call import RollCall
 from lit_zero.core.errors import LitZeroError, check_choice
+from lit_zero.layers.policy import Layers
+from lit_zero.layers.replacing import Replacement
 from lit_zero.offload.policy import Offload
 from lit_zero.pipeline.policy import Pipeline
 from lit_zero.precision.policy import Lowering, Precision
@@ -47,7 +49,6 @@ from lit_zero.strategy.small import check_small_state
 from lit_zero.zero.access import Access
 from lit_zero.zero.engine import Engine
 from lit_zero.zero.policy import Zero
-from lit_zero.zero.units import plan_units
 
 _CALLBACKS = (WeightAveragingOnShards, StochasticOnShards, PruningOnShards)
 
@@ -69,6 +70,8 @@ class ZeroStrategy(BecomesFabric, Loading, Piping):
             every rank runs the whole module.
         activation: what lives between forward and backward, a word or an
             :class:`~lit_zero.activation.policy.Activation`. ``"none"``: all that autograd saves.
+        layers: what computes known layers: ``"plain"`` (the model's own code), ``"fused"``, or a
+            :class:`~lit_zero.layers.policy.Layers` with more to say.
         offload: where shards live between uses: ``"none"`` (on the device), ``"cpu"``, or an
             :class:`~lit_zero.offload.policy.Offload` with more to say.
         nonfinite_loss: ``"error"``: a loss that is NaN or infinite ends the run before it can reach a weight (not in
@@ -102,6 +105,7 @@ class ZeroStrategy(BecomesFabric, Loading, Piping):
         checkpoint: str | Checkpoint = "full",
         pipeline: str | Pipeline = "none",
         activation: str | Activation = "none",
+        layers: str | Layers = "plain",
         offload: str | Offload = "none",
         nonfinite_loss: Literal["error", "ignore"] = "error",
         nonfinite_norm: Literal["error", "ignore"] = "error",
@@ -117,7 +121,7 @@ class ZeroStrategy(BecomesFabric, Loading, Piping):
         self._settle(
             zero, precision, comm, checkpoint, offload, nonfinite_loss, nonfinite_norm, timeout, process_group_backend
         )
-        self.activations = Activations(activation)
+        self.activations, self.layers = Activations(activation), Replacement(layers)
         check_choice("start_method", start_method, ("popen", "spawn", "fork", "forkserver"))
         self._start_method = start_method
         self._open_stages(Pipeline(pipeline) if isinstance(pipeline, str) else instance("pipeline", pipeline, Pipeline))
@@ -146,14 +150,6 @@ class ZeroStrategy(BecomesFabric, Loading, Piping):
         lay_over(self, trainer.callbacks, _CALLBACKS)
 
     # ---- setup
-
-    def check_units(self, module: torch.nn.Module) -> None:
-        """Refuse a choice of ``zero.units`` that does not fit ``module``, which may be on the meta device.
-
-        Raises:
-            ConfigError: naming what is not there.
-        """
-        plan_units(module, self.zero.units, Lowering(self.precision_policy))
 
     @contextlib.contextmanager
     def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
@@ -221,6 +217,7 @@ class ZeroStrategy(BecomesFabric, Loading, Piping):
         lowering = Lowering(self.precision_policy, lowered_dtype(self.precision_plugin))
         pieces = self.stages.plan(trainer)
         groups = self.grid.data_groups()
+        self.layers.apply(module, self.root_device)
         if fitting:
             self.activations.apply(self, module, groups)
         self._engine = Engine(
@@ -255,6 +252,7 @@ class ZeroStrategy(BecomesFabric, Loading, Piping):
         if self.lightning_module is not None:
             untouched(self.lightning_module)
         self.activations.remove()
+        self.layers.restore()
         self.cluster_environment.teardown()
         self.precision_plugin.teardown()
         self.accelerator.teardown()

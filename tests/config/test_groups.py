@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ValidationError
 
 import lit_zero
-from lit_zero import Activation, Checkpoint, Comm, Offload, Pipeline, Precision, Zero, ZeroStrategy
+from lit_zero import Activation, Checkpoint, Comm, Layers, Offload, Pipeline, Precision, Zero, ZeroStrategy
 from lit_zero.activation.policy import VARIANTS
 from lit_zero.config.schema import SCHEMAS
 from tests.config.support import APPS, composed, run
@@ -28,6 +28,7 @@ def test_all_groups_are_there() -> None:
             "zero",
             "pipeline",
             "activation",
+            "layers",
             "offload",
             "precision",
             "checkpoint",
@@ -81,6 +82,11 @@ def test_activation_builds_the_variant_with_its_own_defaults(name: str) -> None:
     }
 
 
+@pytest.mark.parametrize("variant", ["plain", "fused"])
+def test_layers_builds_the_variant_with_its_own_defaults(variant: str) -> None:
+    assert instantiate(composed(f"layers={variant}").layers) == Layers(variant)
+
+
 def test_pipeline_takes_lists_and_a_function() -> None:
     cfg = composed(
         "pipeline=1f1b",
@@ -125,6 +131,8 @@ def test_strategy_gets_every_group() -> None:
         "pipeline.stages_per_rank=3",
         "activation=selective",
         "activation.operators=[matmul]",
+        "layers=fused",
+        "layers.replace=[norms]",
         "offload=cpu",
         "offload.ratio=0.5",
         "checkpoint=sharded",
@@ -137,6 +145,7 @@ def test_strategy_gets_every_group() -> None:
     assert strategy.comm == Comm(overlap=False)
     assert strategy.pipeline == Pipeline("interleaved", stages=6, stages_per_rank=3)
     assert strategy.activation == Activation("selective", operators=["matmul"])
+    assert strategy.layers.policy == Layers("fused", ["norms"])
     assert strategy.offload == Offload("cpu", ratio=0.5)
     assert strategy.checkpoint_policy == Checkpoint("sharded")
     assert strategy.precision_policy == Precision(lower="all")

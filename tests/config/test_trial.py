@@ -56,6 +56,12 @@ STAGE3 = ("trainer.devices=1", "zero=stage3")
             ["activation=full", "activation.blocks=[Blok]"],
             "activation.blocks names 'Blok', but no module of that class or name exists. Did you mean 'Block'",
         ),
+        (
+            ["layers=fused", "layers.replace=[rotary]"],
+            "layers.variant='fused' has no effect on rotary: LitGPT has none of what is known. Looked for: attention",
+        ),
+        (["layers=fused", "layers.replace=[norm]"], "layers.replace='norm' is not known. Did you mean 'norms'?"),
+        (["model.loss=whole"], "model.loss='whole' is not known. Choose one of: plain, fused."),
         (["activation=budget"], "activation.variant='budget' needs activation.budget: the bytes on each rank that"),
         (["activation=partition"], "activation.variant='partition' shares a block's inputs out over ranks that hold"),
         (["activation=every_n", "activation.n=1"], "activation.n=1 is not valid: expected an integer of at least 2."),

@@ -182,7 +182,7 @@ def test_training_learns_and_the_checkpoint_opens_without_trust(tmp_path: Path, 
     file = tmp_path / "model.ckpt"
     run.save_checkpoint(file)
     opened = torch.load(file, weights_only=True)
-    assert opened["hyper_parameters"] == {**SMALL, "dropout": 0.0, "tied": True, "bias": False}
+    assert opened["hyper_parameters"] == {**SMALL, "dropout": 0.0, "tied": True, "bias": False, "loss": "plain"}
     loaded = LitGPT.load_from_checkpoint(file)
     for name, value in model.state_dict().items():
         assert torch.equal(value, loaded.state_dict()[name]), name

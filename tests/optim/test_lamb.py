@@ -167,5 +167,5 @@ def refused() -> str:
 def test_offload_is_refused(ranks):
     assert ranks(1).run(refused) == [
         "LAMB looks at whole parameters, but with offload=cpu and offload=disk the step walks through the masters in "
-        "portions. Use offload=none, or an element-wise optimizer (AdamW, SGD, Lion, ...)."
+        "portions. Leave that setting out, or use an element-wise optimizer (AdamW, SGD, Lion, ...)."
     ]

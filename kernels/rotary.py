@@ -1,0 +1,125 @@
+"""Rotary position embedding: pairs of elements of a head, turned by an angle that grows with the position.
+
+Source: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding" (2021), section 3.4.2.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lit_zero.kernels.rows import runs_on_rows, wide
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, dtype: torch.dtype) -> Tensor:
+    """Return ``x`` turned.
+
+    Args:
+        x: [..., dim]; computed in float32, float64 in itself, and rounded once.
+        cos: broadcast to the shape of ``x``.
+        sin: broadcast to the shape of ``x``.
+        interleaved: whether pairs are neighbours, or the elements i and i + dim / 2.
+        dtype: of the result.
+    """
+    to = wide(x.dtype)
+    (x1, x2), (c1, c2), (s1, s2) = (_halves(t.to(to), interleaved) for t in (x, cos, sin))
+    y = torch.empty_like(x, dtype=to)
+    y1, y2 = _halves(y, interleaved)
+    torch.mul(x1, c1, out=y1).addcmul_(x2, s1, value=-1)
+    torch.mul(x2, c2, out=y2).addcmul_(x1, s2)
+    return y.to(dtype)
+
+
+def rotated_backward(grad: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, dtype: torch.dtype) -> Tensor:
+    """Return the gradient of ``x``: the transposed turn.
+
+    Args:
+        grad: of the result.
+        cos: as given to the forward.
+        sin: as given to the forward.
+        interleaved: as given to the forward.
+        dtype: of ``x``.
+    """
+    to = wide(dtype)
+    (g1, g2), (c1, c2), (s1, s2) = (_halves(t.to(to), interleaved) for t in (grad, cos, sin))
+    x = torch.empty_like(grad, dtype=to)
+    x1, x2 = _halves(x, interleaved)
+    torch.mul(g1, c1, out=x1).addcmul_(g2, s2)
+    torch.mul(g2, c2, out=x2).addcmul_(g1, s1, value=-1)
+    return x.to(dtype)
+
+
+def _halves(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    if interleaved:
+        return x[..., 0::2], x[..., 1::2]
+    half = x.shape[-1] // 2
+    return x[..., :half], x[..., half:]
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, dtype: torch.dtype) -> Tensor:
+        ctx.kernel = runs_on_rows(x, cos, sin) and x.dim() == 4
+        ctx.interleaved, ctx.dtype = interleaved, x.dtype
+        ctx.save_for_backward(cos, sin)
+        compute = rotated
+        if ctx.kernel:
+            from lit_zero.kernels.triton_rotary import rotated as compute
+        return compute(x, cos, sin, interleaved, dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        compute = rotated_backward
+        if ctx.kernel:
+            from lit_zero.kernels.triton_rotary import rotated_backward as compute
+        return compute(grad, *ctx.saved_tensors, ctx.interleaved, ctx.dtype), None, None, None, None
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+    """Return queries or keys turned by the angles of their positions.
+
+    Args:
+        x: [batch, heads, time, dim], in any order of strides; the Triton kernel takes four dimensions, the reference
+            any number.
+        cos: of the angles; of a shape that broadcasts to that of ``x``, such as [batch, 1, time, dim].
+        sin: of the angles, of the shape of ``cos``.
+        interleaved: whether the elements of a pair are neighbours (GPT-J), or half of ``dim`` apart (Llama).
+
+    Returns:
+        In the dtype that ``x * cos`` would have.
+
+    Raises:
+        ValueError: if shapes do not fit, or if ``cos`` or ``sin`` needs a gradient, which is not computed.
+    """
+    if not x.dim() or x.shape[-1] % 2 or x.shape[-1:] != cos.shape[-1:] or cos.shape != sin.shape or not _fits(x, cos):
+        raise ValueError(
+            f"x is {list(x.shape)}, cos {list(cos.shape)} and sin {list(sin.shape)}: expected cos and sin of one shape "
+            "that broadcasts to that of x, and the same even last dimension in all three."
+        )
+    if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
+        raise ValueError("cos or sin needs a gradient, which rotary does not compute. Detach them, or use plain torch.")
+    return _Rotary.apply(x, cos, sin, interleaved, torch.promote_types(x.dtype, cos.dtype))
+
+
+def _fits(x: Tensor, cos: Tensor) -> bool:
+    return cos.dim() <= x.dim() and all(
+        c in (1, n) for c, n in zip(reversed(cos.shape), reversed(x.shape), strict=False)
+    )
+
+
+def angles(length: int, dim: int, base: float = 10000.0, device: Any = None) -> tuple[Tensor, Tensor]:
+    """Return the cosines and sines of the angles of ``length`` positions [length, dim], float32, for pairs that are
+    half of ``dim`` apart.
+
+    Args:
+        length: positions.
+        dim: elements of a head; even.
+        base: the slowest pair turns once in about ``2 * pi * base`` positions.
+        device: where they are made.
+    """
+    inverse = base ** (-torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
+    turned = torch.outer(torch.arange(length, dtype=torch.float32, device=device), inverse).repeat(1, 2)
+    return turned.cos(), turned.sin()

@@ -1,0 +1,241 @@
+"""Which modules are known, and what computes the same.
+
+torch's own norms are known by their code. Of other people's models only the shape is known: a class name, attributes,
+the names of children. So each class that looks right is tried: its own forward runs once on a stand-in, a few random
+numbers on the CPU, and only where the fused one gives the same is the class replaced. A class that merely has a known
+name, or whose next version does something more, is left alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lit_zero.kernels.gated import ACTIVATIONS, gated
+from lit_zero.kernels.normalization import layer_norm, rms_norm
+from lit_zero.kernels.rotary import rotary
+
+Forward = Callable[..., Any]
+
+_GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+_TANH_GELUS = ("NewGELUActivation", "FastGELUActivation", "GELUTanh", "PytorchGELUTanh", "AccurateGELUActivation")
+_EPS = ("variance_epsilon", "eps", "epsilon")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+# What an error lists, by kind.
+LOOKED_FOR = {
+    "norms": "norms (torch.nn.LayerNorm, torch.nn.RMSNorm, classes called ...RMSNorm or T5LayerNorm)",
+    "feed_forwards": "feed-forward layers (gate_proj, up_proj, down_proj and act_fn with SiLU or GELU; GELU by tanh in "
+    "several operators)",
+    "rotary": "attention that calls apply_rotary_pos_emb(q, k, cos, sin)",
+}
+
+
+def fused_forward(module: nn.Module, proven: dict[Any, Any]) -> tuple[str, Forward] | None:
+    """Return the kind of a module and a forward ``(module, ...)`` that computes the same, or None if it is not known.
+
+    Args:
+        module: any module; its parameters may have no memory.
+        proven: what has been found about classes so far.
+    """
+    own = type(module).forward
+    if own is nn.LayerNorm.forward:
+        return "norms", _layer_norm
+    if own is nn.RMSNorm.forward:
+        return "norms", _rms_norm
+    for kind, looks, prove in _FOREIGN:
+        if looks(module):
+            key = (kind, type(module), own)
+            if key not in proven:
+                with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.device("cpu"):
+                    torch.manual_seed(0)
+                    proven[key] = prove(module)
+            return None if proven[key] is None else (kind, proven[key])
+    return None
+
+
+def _layer_norm(self: Any, input: Tensor) -> Tensor:
+    return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+def _rms_norm(self: Any, x: Tensor) -> Tensor:
+    return rms_norm(x, self.normalized_shape, self.weight, self.eps)
+
+
+# ---- norms of other people
+
+
+def _is_norm(module: nn.Module) -> bool:
+    name = type(module).__name__
+    weight = module._parameters.get("weight")
+    return (
+        (name.endswith("RMSNorm") or name == "T5LayerNorm")
+        and not module._modules
+        and set(module._parameters) == {"weight"}
+        and weight is not None
+        and weight.dim() == 1
+        and _eps_of(module) is not None
+    )
+
+
+def _eps_of(module: nn.Module) -> str | None:
+    return next((name for name in _EPS if isinstance(vars(module).get(name), float)), None)
+
+
+def _prove_norm(module: nn.Module) -> Forward | None:
+    weight, eps = torch.randn(8), _eps_of(module)
+    assert eps is not None
+    # Rows of the size of the square root of eps, too: it must be added where it is added here.
+    x = torch.randn(3, 8) * torch.tensor([[1.0], [1e-2], [1e-3]])
+    found = _tried(module, {"weight": weight}, x)
+    for offset in (0.0, 1.0):
+        if _same(found, rms_norm(x, (8,), weight, getattr(module, eps), offset)):
+            break
+    else:
+        return None
+    results = {}  # the dtype of the result, by those of x and weight: implementations cast in different places
+    for of_x, of_weight in itertools.product(_DTYPES, _DTYPES):
+        result = _tried(module, {"weight": weight.to(of_weight)}, x.to(of_x))
+        results[of_x, of_weight] = result.dtype if isinstance(result, Tensor) else None
+
+    def forward(self: Any, x: Tensor) -> Any:
+        dtype = results.get((x.dtype, self.weight.dtype))
+        if dtype is None:
+            return type(self).forward(self, x)
+        return rms_norm(x, self.weight.shape, self.weight, getattr(self, eps), offset, dtype)
+
+    return forward
+
+
+# ---- feed-forward layers of other people
+
+
+def _is_gated(module: nn.Module) -> bool:
+    return set(module._modules) == _GATED and not module._parameters
+
+
+class _Line(nn.Module):
+    """Stands for a linear layer on a stand-in."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor + 0.25
+
+
+def _prove_gated(module: nn.Module) -> Forward | None:
+    if len(inspect.signature(type(module).forward).parameters) != 2:
+        return None
+    gate, up, down = _Line(1.5), _Line(-0.5), _Line(2.0)
+    x = 3 * torch.randn(4, 16)
+    children = {"gate_proj": gate, "up_proj": up, "down_proj": down, "act_fn": module._modules["act_fn"]}
+    found = [_tried(module, {}, x, children, training) for training in (True, False)]  # which shows a dropout
+    for activation in ACTIVATIONS:
+        if all(_same(each, down(gated(gate(x), up(x), activation))) for each in found):
+            break
+    else:
+        return None
+
+    def forward(self: Any, x: Tensor) -> Any:
+        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x), activation))
+
+    return forward
+
+
+def _is_gelu(module: nn.Module) -> bool:
+    return type(module).__name__ in _TANH_GELUS and not module._parameters and not module._modules
+
+
+def _prove_gelu(module: nn.Module) -> Forward | None:
+    x = torch.linspace(-6, 6, 101)
+    if len(inspect.signature(type(module).forward).parameters) != 2:
+        return None
+    return _gelu if _same(_tried(module, {}, x), F.gelu(x, approximate="tanh")) else None
+
+
+def _gelu(self: Any, input: Tensor) -> Tensor:
+    return F.gelu(input, approximate="tanh")
+
+
+# ---- attention of other people
+
+
+def _is_attention(module: nn.Module) -> bool:
+    own = type(module).forward
+    return isinstance(own, types.FunctionType) and _ROTARY in own.__code__.co_names and _ROTARY in own.__globals__
+
+
+_ROTARY = "apply_rotary_pos_emb"
+
+
+def _rotary_pair(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    return rotary(q, cos, sin), rotary(k, cos, sin)
+
+
+def _prove_rotary(module: nn.Module) -> Forward | None:
+    own: Any = type(module).forward
+    function = own.__globals__[_ROTARY]
+    if list(inspect.signature(function).parameters) != list(inspect.signature(_rotary_pair).parameters):
+        return None
+    q, k, cos, sin = (torch.randn(*shape) for shape in ((2, 3, 5, 8), (2, 1, 5, 8), (2, 5, 8), (2, 5, 8)))
+    for at in (1, 2):
+        if not _same(function(q, k, cos, sin, at), _rotary_pair(q, k, cos, sin, at)):
+            return None
+        q, k = q.transpose(1, 2), k.transpose(1, 2)
+    # The same code, in which the name of the function means ours; nobody else's module is written to.
+    forward = types.FunctionType(
+        own.__code__, {**own.__globals__, _ROTARY: _rotary_pair}, own.__name__, own.__defaults__, own.__closure__
+    )
+    forward.__kwdefaults__ = own.__kwdefaults__
+    return forward
+
+
+_FOREIGN: tuple[tuple[str, Callable[[nn.Module], bool], Callable[[nn.Module], Forward | None]], ...] = (
+    ("norms", _is_norm, _prove_norm),
+    ("feed_forwards", _is_gated, _prove_gated),
+    ("feed_forwards", _is_gelu, _prove_gelu),
+    ("rotary", _is_attention, _prove_rotary),
+)
+
+
+# ---- trying
+
+
+def _tried(
+    module: nn.Module,
+    parameters: dict[str, Tensor],
+    x: Tensor,
+    children: dict[str, Any] | None = None,
+    training: bool = True,
+) -> Any:
+    """Return what a module's own forward makes of ``x`` on a stand-in, or the error that it raises."""
+    stand_in = copy.copy(module)
+    vars(stand_in).update(_parameters=parameters, training=training)
+    if children is not None:
+        vars(stand_in).update(_modules=children)
+    try:
+        return type(module).forward(stand_in, x)
+    except Exception as error:  # somebody else's code, on numbers that it was not made for
+        return error
+
+
+def _same(found: Any, expected: Any) -> bool:
+    pairs = list(itertools.zip_longest(_each(found), _each(expected)))
+    return all(
+        isinstance(f, Tensor) and f.shape == e.shape and torch.allclose(f, e, rtol=1e-4, atol=1e-6) for f, e in pairs
+    )
+
+
+def _each(value: Any) -> Iterator[Any]:
+    return iter(value) if isinstance(value, tuple) else iter((value,))
