@@ -34,22 +34,20 @@ from lit_zero.zero.binding import Binding
 from lit_zero.zero.build import build_lanes, empty, fill_lanes, group_names, number_groups
 from lit_zero.zero.calls import UNTRACED, Handle
 from lit_zero.zero.clipping import Clipping
-from lit_zero.zero.contents import Contents
 from lit_zero.zero.gathering import Gatherer
 from lit_zero.zero.guarding import refuse_lost_changes, refuse_whole_state
 from lit_zero.zero.hooks import Hooks
-from lit_zero.zero.info import ParamInfo
 from lit_zero.zero.lane import Lane
 from lit_zero.zero.policy import Placement, Zero
 from lit_zero.zero.probe import is_shaped
 from lit_zero.zero.reducing import Reducer
-from lit_zero.zero.regroup import move, refuse_lost_state
+from lit_zero.zero.regroup import Regrouping
 from lit_zero.zero.sharing import SegmentShards
 from lit_zero.zero.unit import Unit
 from lit_zero.zero.units import plan_units
 
 
-class Engine(Clipping, Contents):
+class Engine(Clipping, Regrouping):
     """Shards a module and its optimizers over the ranks of an exchange. All ranks must build it together.
 
     Args:
@@ -168,53 +166,6 @@ class Engine(Clipping, Contents):
         self._handles.append(optimizer.register_step_post_hook(lambda *_: self._stepped(binding)))
         self._handles.append(optimizer.register_load_state_dict_pre_hook(refuse_whole_state))
         return binding
-
-    def follow_groups(self) -> None:
-        """Take in what has been changed since setup: parameter groups that were added, parameters of a group that want
-        a gradient now. All ranks together, before a training step; it does nothing if nothing has changed.
-
-        Raises:
-            LitZeroError: for a group that cannot be followed; the message names it.
-        """
-        infos = self.infos
-        thawed = [info for info in infos if info.param.requires_grad and not info.trainable and self._training]
-        if not any(binding.foreign() for binding in self.bindings) and not any(i.group >= 0 for i in thawed):
-            return
-        names_of = {param: name for name, param in self.model.named_parameters()}
-        names = [binding.wanted(names_of) for binding in self.bindings]
-        changed = number_groups(infos, names)
-        refuse_lost_state(changed, self.lanes, self.bindings)
-        for info in thawed:
-            info.trainable = info.group >= 0
-        self._move([*changed, *thawed])
-        for binding, groups in zip(self.bindings, names, strict=True):
-            binding.regroup(groups, self._trainable())
-        self._check_room()
-        self._assemble()
-
-    def add_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Take in an optimizer that was made after the engine, before its first step. All ranks together.
-
-        Raises:
-            UnsupportedError: for a parameter that has an optimizer already, or an optimizer that cannot be sharded.
-        """
-        [groups] = group_names(self.model, [optimizer])
-        shaped = is_shaped(optimizer, self.row, self.keeping.knobs)  # which may refuse it: nothing has moved yet
-        infos = self.infos
-        self._move(number_groups(infos, [*(binding.group_names for binding in self.bindings), groups]))
-        self.bindings.append(self._bind(optimizer, len(self.bindings), groups, shaped))
-        self._check_room()
-        self._assemble()
-
-    def _move(self, changed: Sequence[ParamInfo]) -> None:
-        """Give parameters whose group is another now lanes of their own; ``_assemble`` comes next."""
-        self.join()
-        self._gatherer.settle()
-        self._reducer.give_back()
-        self._hooks.remove()
-        moving = {id(info) for info in changed}
-        for unit in self.units:
-            move(unit, moving, self._build_lanes, self.exchange)
 
     @torch.compiler.disable(reason=UNTRACED)
     def _before_model(self, *_: Any) -> None:

@@ -153,7 +153,7 @@ def test_accumulation_in_fp32(ranks):
 class Apart(Keeping):
     """Says that shards live elsewhere."""
 
-    apart = True
+    apart, knobs = True, "offload=cpu and offload=disk"
 
 
 def refused() -> str:
