@@ -24,21 +24,8 @@ def test_the_table_compares_seed_by_seed() -> None:
 @pytest.mark.thorough
 def test_the_command_prints_a_row_for_each_form(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("a few words, again and again. " * 2000)
-    words = [
-        "--path",
-        "text.txt",
-        "--cache-dir",
-        "cache",
-        "--steps",
-        "3",
-        "--seeds",
-        "1",
-        "--dim",
-        "16",
-        "--layers",
-        "2",
-    ]
-    words += ["--heads", "2", "--length", "16", "--batch", "2", "--vocab", "256", "--val-batches", "2"]
+    words = ["--path", "text.txt", "--cache-dir", "cache", "--steps", "3", "--seeds", "1", "--val-batches", "2"]
+    words += ["--dim", "16", "--layers", "2", "--heads", "2", "--length", "16", "--batch", "2", "--vocab", "256"]
     found = run(EXAMPLES / "benchmark_state.py", *words, cwd=tmp_path)
     assert found.code == 0, found.output
     assert [line.split(" | ")[0] for line in found.output.splitlines() if line.startswith("| ")][1:] == [
