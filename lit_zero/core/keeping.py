@@ -72,7 +72,7 @@ class Kept:
         return Kept(self.tensor[first:last])
 
     def read(self) -> torch.Tensor:
-        """Return the elements, shape ``[n]``: themselves where they are ``live``, else a copy in host memory."""
+        """Return the elements, shape ``[n]``: themselves where they are ``live``, else a copy."""
         return self.tensor
 
     def write(self, first: int, values: torch.Tensor) -> None:

@@ -26,7 +26,7 @@ from lit_zero.zero.states import States
 from lit_zero.zero.walking import Walking
 
 
-class Binding(States, Walking):
+class Binding(Walking, States):
     """One optimizer and its segments.
 
     Args:

@@ -266,7 +266,7 @@ class Lane(Gradients):
         """Bring this rank's second copy of the parameters up to date with new ``values`` (shape ``[m]``) of the master,
         from element ``first`` of it on.
         """
-        if self.split:
+        if self.split or not (self.lowered or self.keeper.away):
             return
         if self.row.parameter is Placement.REPLICATE:
             assert self.full is not None

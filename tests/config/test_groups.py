@@ -106,11 +106,11 @@ def test_pipeline_takes_lists_and_a_function() -> None:
     ("mode", "keys"),
     [
         ("64-true", set()),
-        ("32-true", set()),
+        ("32-true", {"moments", "step"}),
         ("bf16-true", {"reduce_dtype"}),
         ("16-true", {"reduce_dtype"}),
-        ("bf16-mixed", {"reduce_dtype", "gradient_dtype", "lower"}),
-        ("16-mixed", {"reduce_dtype", "gradient_dtype", "lower"}),
+        ("bf16-mixed", {"reduce_dtype", "gradient_dtype", "lower", "master", "moments", "step"}),
+        ("16-mixed", {"reduce_dtype", "gradient_dtype", "lower", "moments"}),
     ],
 )
 def test_precision_sets_lightnings_mode_and_only_keys_with_an_effect(mode: str, keys: set[str]) -> None:

@@ -49,6 +49,31 @@ STAGES = "Choose one of: none, stage1, stage2, stage3."
         ),
         (["precision=bf16-mixed", "precision.lower=some"], "precision.lower='some' is not known."),
         (
+            ["precision=bf16-mixed", "precision.moments=int9"],
+            "precision.moments='int9' is not known. Did you mean 'int8'? Choose one of: float32, bfloat16, int8.",
+        ),
+        (
+            ["precision=32-true", "precision.master=split"],
+            "precision.master=split: 'precision' has no key 'master' here. It exists with precision=bf16-mixed.",
+        ),
+        (
+            ["precision=bf16-mixed", "precision.step=backward"],
+            "trainer.gradient_clip_val=1.0 does not go with precision.step=backward: the norm of all gradients",
+        ),
+        (
+            [
+                "precision=32-true",
+                "precision.step=backward",
+                "trainer.gradient_clip_val=null",
+                "trainer.accumulate_grad_batches=4",
+            ],
+            "trainer.accumulate_grad_batches=4 does not go with precision.step=backward: gradients of several",
+        ),
+        (
+            ["precision=bf16-mixed", "precision.master=split", "offload=cpu"],
+            "precision.master=split does not go with offload.where='cpu': small forms lie on the device",
+        ),
+        (
             ["trainer.precision=bf16-mixed"],
             "trainer.precision=bf16-mixed does not fit the settings of the precision group (none)",
         ),

@@ -24,7 +24,7 @@ STAGES = ("none", "stage1", "stage2", "stage3")
 
 
 def autocast_loss(model: GPT, batch: torch.Tensor) -> torch.Tensor:
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(batch.device.type, torch.bfloat16):
         return GPT.loss(model, batch)
 
 
@@ -41,6 +41,7 @@ class Job:
         still: how the names of parameters begin that are never stepped.
         alike: every rank is given the rows of the first.
         zero: further settings of ``Zero``.
+        device: where the model computes.
     """
 
     stage: str = "none"
@@ -51,6 +52,7 @@ class Job:
     still: tuple[str, ...] = ()
     alike: bool = False
     zero: dict[str, Any] = field(default_factory=dict)
+    device: torch.device = CPU
 
 
 @dataclass
@@ -90,9 +92,10 @@ def build(job: Job) -> tuple[nn.Module, torch.optim.Optimizer, Engine]:
         model,
         [optimizer],
         zero=Zero(job.stage, **job.zero),
-        exchange=open_exchange(Comm(), CPU),
+        exchange=open_exchange(Comm(), job.device),
+        device=job.device,
         lowering=Lowering(policy, torch.bfloat16 if job.mixed else None),
-        keeping=Small(policy, CPU) if policy.small else Keeping(),
+        keeping=Small(policy, job.device) if policy.small else Keeping(),
     )
     return model, optimizer, engine
 
@@ -115,8 +118,9 @@ def steps(
 
         def closure(step: int = step, total: torch.Tensor = total) -> None:
             for micro in range(run.micro_batches):
-                loss = run.loss(model, tokens(step * run.micro_batches + micro, rows)) / run.micro_batches
-                total += loss.detach().double()
+                batch = tokens(step * run.micro_batches + micro, rows).to(job.device)
+                loss = run.loss(model, batch) / run.micro_batches
+                total += loss.detach().double().cpu()
                 if micro < run.micro_batches - 1:
                     with engine.no_reduce():
                         engine.backward(loss)
@@ -126,7 +130,7 @@ def steps(
                 engine.clip_grad_norm(run.clip)
 
         optimizer.step(closure)  # type: ignore[arg-type]
-        losses.append(exchange.sum_in_rank_order(total).item() / exchange.size)
+        losses.append(exchange.sum_in_rank_order(total.to(job.device)).item() / exchange.size)
         after()
     return losses
 

@@ -28,6 +28,15 @@ FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.flo
             "precision.lower='matmuls' is not known. Did you mean 'matmul'? Choose one of: matmul, all.",
         ),
         ({"lower": True}, "precision.lower=True is not known. Choose one of: matmul, all."),
+        (
+            {"master": "splt"},
+            "precision.master='splt' is not known. Did you mean 'split'? Choose one of: float32, split.",
+        ),
+        (
+            {"moments": "int4"},
+            "precision.moments='int4' is not known. Did you mean 'int8'? Choose one of: float32, bfloat16, int8.",
+        ),
+        ({"step": "before"}, "precision.step='before' is not known. Choose one of: after, backward."),
     ],
 )
 def test_unknown_choices_are_named(settings, message):

@@ -309,6 +309,21 @@ def test_settings_without_effect_are_refused() -> None:
         trained(with_run(Job(small=SPLIT), optimizer=whole))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("small", [SPLIT, TWO_BYTES, BYTE, {**BYTE, "step": "backward"}])
+@pytest.mark.parametrize("fused", [False, True])
+def test_on_a_gpu(small: dict[str, str], fused: bool) -> None:
+    """By the compiled kernels; with ``fused`` the optimizer counts its steps on the device."""
+
+    def optimizer(model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(model.cuda().parameters(), lr=1e-2, fused=fused)
+
+    job = replace(with_run(Job(), optimizer=optimizer), device=torch.device("cuda", 0))
+    exact, found = trained(job), trained(replace(job, small=small))
+    assert found.losses == pytest.approx(exact.losses, rel=1e-4 if small is SPLIT else 0.02)
+    assert {value.device.type for value in found.weights.values()} == {"cuda"}
+
+
 # ---- bytes
 
 
