@@ -47,11 +47,11 @@ def walk_segments(
     tables = tables or Tables()
     device = segments[0].param.device
     numbers = tables.numbers(groups, device)
-    for formats, each in by_format(segments).items():
-        table = tables.table([_row(segment) for segment in each], BLOCK, device)
-        if not table.owners.numel():
-            continue
-        launch(rule, table, formats, numbers, grad_scale, found_inf, each[0].step is not None)
+    with torch.cuda.device_of(segments[0].param):  # which need not be the current one
+        for formats, each in by_format(segments).items():
+            table = tables.table([_row(segment) for segment in each], BLOCK, device)
+            if table.owners.numel():
+                launch(rule, table, formats, numbers, grad_scale, found_inf, each[0].step is not None)
 
 
 def launch(

@@ -191,6 +191,7 @@ class OptimizerSchema(Factory):
     _convert_: str = MISSING
     lr: float = MISSING
     weight_decay: float = MISSING
+    fused: str = MISSING
 
 
 @dataclass
@@ -207,6 +208,22 @@ class SGDSchema(OptimizerSchema):
 
     momentum: float = MISSING
     nesterov: bool = MISSING
+
+
+@dataclass
+class LionSchema(OptimizerSchema):
+    """``optimizer=lion``."""
+
+    betas: list[float] = MISSING
+
+
+@dataclass
+class AdagradSchema(OptimizerSchema):
+    """``optimizer=adagrad``."""
+
+    lr_decay: float = MISSING
+    eps: float = MISSING
+    initial_accumulator_value: float = MISSING
 
 
 @dataclass
@@ -288,7 +305,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
     },
     "offload": {"none": OffloadNone, "cpu": OffloadCpu, "disk": OffloadDisk},
     "precision": {"32-true": PrecisionTrue32, "16-true": PrecisionTrue16, "mixed": PrecisionMixed},
-    "optimizer": {"adam": AdamSchema, "sgd": SGDSchema},
+    "optimizer": {"adam": AdamSchema, "sgd": SGDSchema, "lion": LionSchema, "adagrad": AdagradSchema},
     "scheduler": {"cosine": CosineSchema, "constant": ConstantSchema},
     "": {
         "checkpoint": CheckpointSchema,

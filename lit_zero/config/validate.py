@@ -44,7 +44,7 @@ def validate(cfg: DictConfig) -> None:
         _check_devices(cfg)
         _check_at_least(cfg, 1, "trainer.accumulate_grad_batches", "trainer.num_nodes")
         _check_at_least(cfg, 0, "trainer.gradient_clip_val")
-    if _target(cfg, "optimizer").startswith("torch.optim."):
+    if _target(cfg, "optimizer").startswith(("torch.optim.", "lit_zero.optim.")):
         _check_at_least(cfg, 0, "optimizer.lr", "optimizer.weight_decay")
     if _target(cfg, "data") == "text_data.TextDataModule":
         _check_at_least(cfg, 1, "data.batch_size", "data.block_size", "data.vocab_size")
