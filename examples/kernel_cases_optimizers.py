@@ -40,7 +40,9 @@ def cases(device: torch.device, sizes: Sequence[str]) -> list[Case]:
     return found
 
 
-def _contenders(name: str, settings: dict[str, Any], device: torch.device, shapes: Any, lengths: Any) -> list[Contender]:
+def _contenders(
+    name: str, settings: dict[str, Any], device: torch.device, shapes: Any, lengths: Any
+) -> list[Contender]:
     def ours(sizes: Any, **more: Any) -> Callable[[], Run]:
         return lambda: _run(lambda groups: getattr(optim, name)(groups, **settings, **more), sizes, device)
 
@@ -62,7 +64,8 @@ def _contenders(name: str, settings: dict[str, Any], device: torch.device, shape
         found.append(Contender("plain torch, many tensors", ours(shapes, fused="none")))
     if device.type == "cuda":
         found += [
-            Contender(way, lambda make=make: _run(make, shapes, device)) for way, make in _others(name, settings).items()
+            Contender(way, lambda make=make: _run(make, shapes, device))
+            for way, make in _others(name, settings).items()
         ]
     return found
 

@@ -1,4 +1,4 @@
-"""What benchmarks of kernels share: contenders that take turns, the bandwidth of a copy beside them, a table, a plot."""
+"""What benchmarks of kernels share: contenders that take turns, a copy's bandwidth beside them, a table, a plot."""
 
 from __future__ import annotations
 
@@ -156,7 +156,9 @@ def plot(timed: Sequence[Timed], title: str) -> str:
         x = _LEFT + each.bandwidth * scale
         parts.append(f'<line x1="{x:.1f}" y1="{top}" x2="{x:.1f}" y2="{y - 12}" stroke="#c53030"/>')
         y += 16
-    parts.append(_text(8, y, "Bytes that the work must move per second; red line: a copy of 256 MiB on the same device."))
+    parts.append(
+        _text(8, y, "Bytes that the work must move per second; red line: a copy of 256 MiB on the same device.")
+    )
     size = f'width="{_WIDTH}" height="{y + 12}"'
     body = "\n".join(parts)
     return (

@@ -1,7 +1,7 @@
 """Triton kernels in the two ways they can run: interpreted on the CPU, in every run of the tests, and compiled.
 
-Whether a kernel is interpreted is decided when its module is imported, so both kinds of the modules are kept here, and a
-fixture puts one of them in its place.
+Whether a kernel is interpreted is decided when its module is imported, so both kinds of the modules are kept here, and
+a fixture puts one of them in its place.
 """
 
 from __future__ import annotations
@@ -17,9 +17,7 @@ import lit_zero.kernels
 import pytest
 import torch
 
-NAMES = [
-    f"lit_zero.kernels.{path.stem}" for path in sorted(Path(lit_zero.kernels.__file__).parent.glob("triton_*.py"))
-]
+NAMES = [f"lit_zero.kernels.{path.stem}" for path in sorted(Path(lit_zero.kernels.__file__).parent.glob("triton_*.py"))]
 
 
 @functools.cache

@@ -208,10 +208,7 @@ def test_a_loss_scaler_with_clipping_equals_torchs_class_bit_for_bit(ranks, tmp_
     alone = train(Fit(trainer=half(**clip), module=Exact, **fit), tmp_path / "alone")
     unclipped = train(Fit(trainer=half(), module=Exact, **fit), tmp_path / "unclipped")
     assert distance(alone.weights, unclipped.weights) > 1e-3, "clipping must matter for the test to mean anything"
-    fits = [
-        Fit({"zero": Zero(stage, units=["Linear"])}, 2, half(**clip), module=ExactOurs, **fit)
-        for stage in STAGES
-    ]
+    fits = [Fit({"zero": Zero(stage, units=["Linear"])}, 2, half(**clip), module=ExactOurs, **fit) for stage in STAGES]
     for outcomes in ranks(2).run(train_all, fits, tmp_path, timeout=120):
         assert [each.notes for each in outcomes] == [alone.notes] * len(STAGES)
         assert all(same_bits(each.weights, alone.weights) for each in outcomes if each.weights)
