@@ -13,7 +13,7 @@ from torch import nn
 import lit_zero
 from lit_zero import optim
 from lit_zero.core.errors import ConfigError, UnsupportedError
-from tests.optim.harness import CASES, NAMES, PlainLion, build, flat, groups, lion, model, set_gradients, train
+from tests.optim.beside import CASES, NAMES, PlainLion, build, flat, groups, lion, model, set_gradients, train
 
 STEPS = range(12)
 NEAR = {"rtol": 3e-6, "atol": 3e-6}  # of fp32, after all steps

@@ -8,7 +8,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lit_zero import optim
 from lit_zero.core.errors import ConfigError, UnsupportedError
-from tests.optim.harness import CASES, NAMES, build, flat, model, set_gradients, train
+from tests.optim.beside import CASES, NAMES, build, flat, model, set_gradients, train
 
 
 @pytest.mark.parametrize(("name", "settings"), CASES, ids=NAMES)

@@ -26,7 +26,7 @@ from lit_zero.zero.engine import Engine
 from lit_zero.zero.lane import Lane
 from lit_zero.zero.probe import require_elementwise
 from tests.kernels.conftest import modules
-from tests.optim.harness import PlainLion, groups
+from tests.optim.beside import PlainLion, groups
 from tests.strategy.harness import STAGES, Fit, LitGPT, distance, same_bits, train, train_all
 from tests.strategy.test_precision import ADAMW, half, scales
 from tests.strategy.test_precision_modes import Exact
