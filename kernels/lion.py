@@ -10,7 +10,6 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-
 from lit_zero.kernels.choice import runs_kernel
 from lit_zero.kernels.segments import Segment, in_portions, is_kernels_own, put_back, scaled, worked
 from lit_zero.kernels.table import Tables

@@ -102,7 +102,7 @@ def _table(rows: Sequence[Row], block: int, device: torch.device) -> Table:
 
 
 def _upload(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return a copy on the device; nobody waits for it. Pinned memory of torch's is not used anew before it has gone."""
+    """Return a copy on the device; nobody waits for it: torch uses pinned memory anew only when it has gone."""
     if device.type != "cuda":
         return values.to(device)
     return values.pin_memory().to(device, non_blocking=True)

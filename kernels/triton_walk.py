@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-
 from lit_zero.kernels.segments import Segment, by_format
 from lit_zero.kernels.table import HEAD, Row, Table, Tables
 
@@ -47,11 +46,11 @@ def walk_segments(
     tables = tables or Tables()
     device = segments[0].param.device
     numbers = tables.numbers(groups, device)
-    for formats, each in by_format(segments).items():
-        table = tables.table([_row(segment) for segment in each], BLOCK, device)
-        if not table.owners.numel():
-            continue
-        launch(rule, table, formats, numbers, grad_scale, found_inf, each[0].step is not None)
+    with torch.cuda.device_of(segments[0].param):  # which need not be the current one
+        for formats, each in by_format(segments).items():
+            table = tables.table([_row(segment) for segment in each], BLOCK, device)
+            if table.owners.numel():
+                launch(rule, table, formats, numbers, grad_scale, found_inf, each[0].step is not None)
 
 
 def launch(
@@ -125,7 +124,7 @@ def walk(
     HEAD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    if CHECKED:
+    if CHECKED:  # noqa: SIM102 (what is known when a kernel is compiled stands apart)
         if tl.load(found_inf) != 0:
             return
     segment = tl.load(owners + tl.program_id(0))
@@ -197,7 +196,7 @@ def _block(
         _store(addresses + 8, second, begin, numel, SECOND, WHOLE, BLOCK)
     if STATES > 2:
         _store(addresses + 10, third, begin, numel, THIRD, WHOLE, BLOCK)
-    if COPIED:
+    if COPIED:  # noqa: SIM102
         if tl.load(addresses + 4) != 0:  # others of this launch may have one
             _store(addresses + 4, param, begin, numel, COPY, WHOLE, BLOCK)
 
@@ -229,7 +228,7 @@ def _store(address, values, begin, numel, FORMAT: tl.constexpr, WHOLE: tl.conste
 @triton.jit
 def rounded(values, FORMAT: tl.constexpr):
     """Round fp32 to nearest, ties to even. For bf16 by integers, since the interpreter cuts off instead."""
-    if FORMAT == tl.bfloat16:
+    if FORMAT == tl.bfloat16:  # noqa: SIM300
         bits = values.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         bits = tl.where(values != values, 0x7FC0, bits)

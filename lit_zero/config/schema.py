@@ -222,6 +222,7 @@ class OptimizerSchema(Factory):
     _convert_: str = MISSING
     lr: float = MISSING
     weight_decay: float = MISSING
+    fused: str = MISSING
 
 
 @dataclass
@@ -249,6 +250,22 @@ class SGDSchema(OptimizerSchema):
 
     momentum: float = MISSING
     nesterov: bool = MISSING
+
+
+@dataclass
+class LionSchema(OptimizerSchema):
+    """``optimizer=lion``."""
+
+    betas: list[float] = MISSING
+
+
+@dataclass
+class AdagradSchema(OptimizerSchema):
+    """``optimizer=adagrad``."""
+
+    lr_decay: float = MISSING
+    eps: float = MISSING
+    initial_accumulator_value: float = MISSING
 
 
 @dataclass
@@ -338,7 +355,13 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "mixed": PrecisionMixed,
         "bf16-mixed": PrecisionMixedBf16,
     },
-    "optimizer": {"adam": AdamSchema, "muon": MuonSchema, "sgd": SGDSchema},
+    "optimizer": {
+        "adam": AdamSchema,
+        "sgd": SGDSchema,
+        "lion": LionSchema,
+        "adagrad": AdagradSchema,
+        "muon": MuonSchema,
+    },
     "scheduler": {"cosine": CosineSchema, "constant": ConstantSchema},
     "": {
         "checkpoint": CheckpointSchema,

@@ -127,7 +127,7 @@ def _try_trainer(cfg: DictConfig, strategy: Any, callbacks: list[Any]) -> None:
 def _try_optimizer(cfg: DictConfig) -> None:
     import torch
 
-    if not _target(cfg, "optimizer").startswith("torch.optim."):
+    if not _target(cfg, "optimizer").startswith(("torch.optim.", "lit_zero.optim.")):
         return
     build = _build(cfg, "optimizer")
     if build is None or not _value(cfg, "optimizer._partial_"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -14,7 +14,7 @@ from lit_zero.optim.flat import Flat
 class Adam(Flat, torch.optim.Adam):
     """``torch.optim.Adam`` (weight decay is an L2 penalty) that steps flat, see :class:`~lit_zero.optim.flat.Flat`."""
 
-    plain = torch.optim.Adam
+    plain: ClassVar[type[torch.optim.Optimizer]] = torch.optim.Adam
 
     def _keys(self, group: dict[str, Any]) -> Sequence[str]:
         return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")

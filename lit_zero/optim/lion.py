@@ -48,7 +48,7 @@ class Lion(Flat):
             raise ConfigError(f"Lion: lr={lr}, weight_decay={weight_decay} are not valid: expected at least 0.")
         if not all(0.0 <= beta < 1.0 for beta in betas):
             raise ConfigError(f"Lion: betas={betas} are not valid: expected at least 0 and below 1.")
-        settings = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}
+        settings = {"lr": lr, "betas": tuple(betas), "weight_decay": weight_decay, "maximize": maximize}
         self._choose(fused, {})
         torch.optim.Optimizer.__init__(self, params, settings)
 

@@ -151,7 +151,18 @@ def test_strategy_gets_every_group() -> None:
     assert strategy.precision_policy == Precision(lower="all")
 
 
-@pytest.mark.parametrize("name", ["adamw", "adam", "lamb", "muon", "sgd"])
+@pytest.mark.parametrize("fused", ["auto", "none"])
+def test_optimizers_step_by_fused_kernels_unless_told_otherwise(fused: str) -> None:
+    assert composed().optimizer.fused == "auto"
+    for name in ("AdamW", "Adam", "SGD", "Lion", "Adagrad"):
+        cfg = composed(f"optimizer={name.lower()}", f"optimizer.fused={fused}")
+        optimizer = instantiate(cfg.optimizer)([torch.nn.Parameter(torch.ones(2))])
+        assert type(optimizer) is getattr(lit_zero.optim, name)
+        if name != "Lion":
+            assert optimizer.param_groups[0]["fused"] is (True if fused == "auto" else None)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "lion", "adagrad", "lamb", "muon"])
 @pytest.mark.parametrize("schedule", ["cosine", "constant"])
 def test_optimizer_and_scheduler_are_built_by_the_model(name: str, schedule: str) -> None:
     cfg = composed(f"optimizer={name}", f"scheduler={schedule}", "optimizer.lr=0.5")

@@ -38,6 +38,8 @@ STAGE3 = ("trainer.devices=1", "zero=stage3")
         (["optimizer.eps=-1"], "optimizer: Invalid epsilon value: -1.0"),
         (["optimizer=sgd", "optimizer.momentum=-1"], "optimizer: Invalid momentum value: -1.0"),
         (["+optimizer.amsgrd=true"], "optimizer: "),
+        (["optimizer.fused=atuo"], "optimizer.fused='atuo' is not known. Did you mean 'auto'? Choose one of: auto, "),
+        (["+optimizer.foreach=true"], "optimizer.foreach=True of AdamW has no effect with optimizer.fused='auto'"),
         (["scheduler=constant", "scheduler.factor=7"], "scheduler: Constant multiplicative factor expected to be"),
         (["scheduler.warmup_steps=-1"], "scheduler.warmup_steps=-1 is not valid: expected a number of at least 0."),
         (["data.vocab_size=100"], "data.vocab_size=100 is not possible: expected 256 (one token per byte) to 65,536."),

@@ -13,7 +13,7 @@ from torch import nn
 import lit_zero
 from lit_zero import optim
 from lit_zero.core.errors import ConfigError, UnsupportedError
-from tests.optim.harness import CASES, NAMES, PlainLion, build, flat, groups, lion, model, set_gradients, train
+from tests.optim.beside import CASES, NAMES, PlainLion, build, flat, groups, lion, model, set_gradients, train
 
 STEPS = range(12)
 NEAR = {"rtol": 3e-6, "atol": 3e-6}  # of fp32, after all steps
@@ -229,24 +229,24 @@ def test_parameters_added_later_begin_anew(interpreted):
         torch.testing.assert_close(found[1], found[0])
 
 
-def test_closures_and_hooks_run_once():
-    for kind in (optim.AdamW, optim.Lion):
-        for fused in ("auto", "none"):
-            torch.optim.AdamW([nn.Parameter(torch.ones(1))])  # torch puts its hooks around the step of this class too
-            param, called = nn.Parameter(torch.ones(3)), []
-            optimizer = kind([param], lr=0.1, fused=fused)
-            optimizer.register_step_pre_hook(lambda *_: called.append("before"))
-            optimizer.register_step_post_hook(lambda *_: called.append("after"))
+@pytest.mark.parametrize("fused", ["auto", "none"])
+@pytest.mark.parametrize("kind", [optim.AdamW, optim.Lion])
+def test_closures_and_hooks_run_once(kind, fused):
+    torch.optim.AdamW([nn.Parameter(torch.ones(1))])  # torch puts its hooks around the step of this class too
+    param, called = nn.Parameter(torch.ones(3)), []
+    optimizer = kind([param], lr=0.1, fused=fused)
+    optimizer.register_step_pre_hook(lambda *_: called.append("before"))
+    optimizer.register_step_post_hook(lambda *_: called.append("after"))
 
-            def closure(param=param, called=called):
-                called.append("closure")
-                assert torch.is_grad_enabled()
-                param.square().sum().backward()
-                return 7.0
+    def closure():
+        called.append("closure")
+        assert torch.is_grad_enabled()
+        param.square().sum().backward()
+        return 7.0
 
-            assert optimizer.step(closure) == 7.0
-            assert called == ["before", "closure", "after"]
-            assert not torch.equal(param, torch.ones(3))
+    assert optimizer.step(closure) == 7.0
+    assert called == ["before", "closure", "after"]
+    assert not torch.equal(param, torch.ones(3))
 
 
 # ---- what is refused

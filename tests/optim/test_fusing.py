@@ -8,7 +8,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lit_zero import optim
 from lit_zero.core.errors import ConfigError, UnsupportedError
-from tests.optim.harness import CASES, NAMES, build, flat, model, set_gradients, train
+from tests.optim.beside import CASES, NAMES, build, flat, model, set_gradients, train
 
 
 @pytest.mark.parametrize(("name", "settings"), CASES, ids=NAMES)
@@ -58,7 +58,10 @@ class OwnAdamW(torch.optim.AdamW):
         (lambda p: torch.optim.RMSprop(p), r"RMSprop has no fused step here. .*Choose one of: torch.optim.AdamW, "),
         (lambda p: OwnAdamW(p), r"OwnAdamW has no fused step here. Did you mean 'torch.optim.AdamW'\?"),
         (lambda p: torch.optim.SGD(p, foreach=True), r"optimizer.foreach=True of SGD has no effect with"),
-        (lambda p: optim.SGD(p, fused="none"), r"optimizer.fused='none' of SGD contradicts fuse\(\). Remove one of them"),
+        (
+            lambda p: optim.SGD(p, fused="none"),
+            r"optimizer.fused='none' of SGD contradicts fuse\(\). Remove one of them",
+        ),
     ],
 )
 def test_what_cannot_be_or_has_no_effect_is_refused(make, message):

@@ -53,7 +53,7 @@ def model(dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 
 def groups(module: nn.Module) -> list[dict[str, Any]]:
     """Matrices and vectors apart, the latter with another learning rate."""
-    params = list(module.parameters())
+    params = [p for p in module.parameters() if p.requires_grad]
     return [
         {"params": [p for p in params if p.ndim > 1]},
         {"params": [p for p in params if p.ndim < 2], "lr": 0.05, "weight_decay": 0.0},
