@@ -85,6 +85,13 @@ class Tables:
             self._numbers[key] = _upload(torch.tensor(groups, dtype=torch.float32, device="cpu"), device)
         return _kept(self._numbers, key)
 
+    def seeds(self, seeds: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
+        """Return small whole numbers, int32 ``[segments, numbers]`` on the device."""
+        key = ("seeds", device, *map(tuple, seeds))
+        if key not in self._numbers:
+            self._numbers[key] = _upload(torch.tensor(seeds, dtype=torch.int32, device="cpu"), device)
+        return _kept(self._numbers, key)
+
 
 def _table(rows: Sequence[Row], block: int, device: torch.device) -> Table:
     lines, blocks, first = [], [], 0

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 
+from lit_zero.core.forms import Form, Origin
 from lit_zero.core.ticket import DONE, Failed, Ticket
 
 
@@ -22,22 +22,6 @@ class Content(enum.Enum):
     SIGNED = "signed"  # a moment of gradients
     POSITIVE = "positive"  # one that is never negative: of squares, of magnitudes
     WEIGHTS = "weights"  # it follows the parameter itself
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where the arrays of a walk come from: all that random rounding may depend on, so that neither ranks, stages nor a
-    resumed run change it.
-
-    Attributes:
-        name: of the lane.
-        first: where the arrays begin in the lane, in elements.
-        step: number of the step, on the device if the optimizer counts there.
-    """
-
-    name: str = ""
-    first: int = 0
-    step: int | torch.Tensor = 0
 
 
 class Kept:
@@ -93,6 +77,10 @@ class Kept:
     def tensors(self) -> list[torch.Tensor]:
         """Return the tensors that it lies in."""
         return [self.tensor]
+
+    def form(self) -> Form | None:
+        """Return how it lies on the device; ``None`` if only portions of it can be stepped."""
+        return Form("plain", self.tensor) if self.tensor.dtype == torch.float32 else None
 
 
 class Keeper:

@@ -13,7 +13,8 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from lit_zero.core.keeping import Content, Kept, Origin
+from lit_zero.core.forms import Origin
+from lit_zero.core.keeping import Content, Kept
 from lit_zero.core.ticket import Ticket
 from lit_zero.core.worker import Pending
 from lit_zero.offload.file import StateFile

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from lit_zero.core.keeping import Content, Keeper, Kept, Origin
+from lit_zero.core.forms import Origin
+from lit_zero.core.keeping import Content, Keeper, Kept
 
 
 class HostKeeper(Keeper):

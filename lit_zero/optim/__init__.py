@@ -1,4 +1,4 @@
-"""Optimizers that step flat: on a GPU all parameters in one launch, on a CPU by torch's fused kernels where it has them.
+"""Optimizers that step flat: on a GPU all parameters in one launch, on a CPU by torch's fused kernels if it has them.
 
 Each takes the arguments of torch's class of its name, where there is one, and keeps the same states under the same
 names, so a checkpoint of one loads into the other. They work on any parameters, with or without a strategy.

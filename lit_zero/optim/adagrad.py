@@ -16,7 +16,7 @@ class Adagrad(Flat, torch.optim.Adagrad):
     step and not before: a strategy puts shards in the place of parameters in between.
     """
 
-    plain = torch.optim.Adagrad
+    plain, rule = torch.optim.Adagrad, "adagrad_rule"
 
     def __init__(self, params: Any, *args: Any, fused: str = "auto", **kwargs: Any) -> None:
         super().__init__(params, *args, fused=fused, **kwargs)

@@ -15,6 +15,7 @@ class Adam(Flat, torch.optim.Adam):
     """``torch.optim.Adam`` (weight decay is an L2 penalty) that steps flat, see :class:`~lit_zero.optim.flat.Flat`."""
 
     plain: ClassVar[type[torch.optim.Optimizer]] = torch.optim.Adam
+    rule = "adamw_rule"
 
     def _keys(self, group: dict[str, Any]) -> Sequence[str]:
         return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")

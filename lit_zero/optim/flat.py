@@ -10,8 +10,11 @@ import torch
 from torch import nn
 
 from lit_zero.core.errors import ConfigError, UnsupportedError, check_choice
+from lit_zero.core.forms import Form, Formed
 from lit_zero.kernels import Segment, Tables, runs_kernel
+from lit_zero.kernels.noise import seed_of
 from lit_zero.kernels.segments import STEPPED
+from lit_zero.kernels.small import DITHERED, PLAIN, ROUNDED, SIGNED, SPLIT, UNSIGNED, Array, SmallSegment, small_step
 
 FUSED = ("auto", "none")
 _OTHERS = ("foreach", "capturable", "differentiable")  # other ways to step that torch's classes have
@@ -35,6 +38,7 @@ class Flat(torch.optim.Optimizer):
     """
 
     plain: ClassVar[type[torch.optim.Optimizer]]  # torch's class
+    rule: ClassVar[str]  # of the kernels, by name
     counts: ClassVar[bool] = True  # there is a number of steps among the states
     _fused: str
     _tables: Tables
@@ -64,6 +68,24 @@ class Flat(torch.optim.Optimizer):
     def take_copies(self, copies: Mapping[nn.Parameter, torch.Tensor]) -> None:
         """See :class:`~lit_zero.core.copying.TakesCopies`."""
         self._copies, self.has_copied = copies, False
+
+    def step_forms(self, parts: Sequence[Formed]) -> bool:
+        """See :class:`~lit_zero.core.forms.StepsForms`: in one launch, where kernels run and know the states."""
+        if self._fused == "none" or not all(runs_kernel(part.grad) and part.grad.dtype in STEPPED for part in parts):
+            return False
+        groups = {param: group for group in self.param_groups for param in group["params"]}
+        segments, numbers = list[SmallSegment](), dict[Any, int]()
+        for part in parts:
+            keys = self._keys(groups[part.param])
+            if set(keys) != set(part.states) or len(keys) > 2 or part.master.kind not in ("plain", "split"):
+                return False
+            number = numbers.setdefault(self._numbers(groups[part.param], False), len(numbers))
+            step = self._count(self.state[part.param], part.grad.device) if self.counts else None
+            arrays = tuple(_array(part, key, 0 if self.counts else part.origin.step) for key in keys)
+            master = Array(_FORMS[part.master.kind], part.master.values, part.master.partner)
+            segments.append(SmallSegment(number, master, part.grad, arrays, step))
+        small_step(self.rule, segments, [group.numbers() for group in numbers], self._tables)
+        return True
 
     # ---- what an optimizer says of itself
 
@@ -166,13 +188,19 @@ class Flat(torch.optim.Optimizer):
     def _prepare(self, group: dict[str, Any], param: nn.Parameter) -> None:
         """Make what is missing of a parameter's states, and bring the count of steps to where kernels expect it."""
         if self.counts:
-            state = self.state[param]
-            state["step"] = torch.as_tensor(state.get("step", 0.0), dtype=torch.float32, device=param.device)
+            self._count(self.state[param], param.device)
         for key in self._keys(group):
             state = self.state[param]
             if state.get(key) is None:
                 state[key] = torch.full_like(param, self._first_value(group), memory_format=torch.preserve_format)
             state[key] = _like(state[key], param)
+
+    @staticmethod
+    def _count(state: dict[str, Any], device: torch.device) -> torch.Tensor:
+        """Return the number of steps where and as kernels expect it."""
+        count = torch.as_tensor(state.get("step", 0.0), dtype=torch.float32, device=device)
+        state["step"] = count
+        return count
 
     def _segment(self, number: int, group: dict[str, Any], param: nn.Parameter) -> Segment:
         assert param.grad is not None
@@ -184,6 +212,23 @@ class Flat(torch.optim.Optimizer):
             self.state[param]["step"] if self.counts else None,
             self._copies.get(param),
         )
+
+
+_FORMS = {
+    "plain": PLAIN,
+    "split": SPLIT,
+    "rounded": ROUNDED,
+    "dithered": DITHERED,
+    "signed": SIGNED,
+    "unsigned": UNSIGNED,
+}
+
+
+def _array(part: Formed, key: str, step: int | torch.Tensor) -> Array:
+    form: Form = part.states[key]
+    seed = seed_of(part.origin.stream(key), step, part.origin.first)
+    assert isinstance(seed, int), "an optimizer that does not count has no number of steps on the device"
+    return Array(_FORMS[form.kind], form.values, form.partner, seed)
 
 
 def refuse_other_ways(name: str, settings: dict[str, Any]) -> None:

@@ -32,7 +32,7 @@ class Lion(Flat):
     Source: Chen et al., "Symbolic Discovery of Optimization Algorithms", algorithm 2.
     """
 
-    counts = False
+    counts, rule = False, "lion_rule"
 
     def __init__(
         self,

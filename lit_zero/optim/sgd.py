@@ -15,7 +15,7 @@ class SGD(Flat, torch.optim.SGD):
     """``torch.optim.SGD`` that steps flat, see :class:`~lit_zero.optim.flat.Flat`."""
 
     plain = torch.optim.SGD
-    counts = False
+    counts, rule = False, "sgd_rule"
 
     def _keys(self, group: dict[str, Any]) -> Sequence[str]:
         return ("momentum_buffer",) if group["momentum"] else ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from lit_zero.core.forms import Form
 from lit_zero.core.keeping import Kept
 from lit_zero.core.ticket import DONE, Ticket
 from lit_zero.kernels.moments import BLOCK, Draw, from_int8, to_bfloat16, to_int8
@@ -105,6 +106,9 @@ class Split(Encoded):
     def tensors(self) -> list[torch.Tensor]:
         return [self._copy, self._remainder]
 
+    def form(self) -> Form:
+        return Form("split", self._copy, self._remainder)
+
 
 class Rounded(Encoded):
     """A moment in bf16.
@@ -129,6 +133,9 @@ class Rounded(Encoded):
 
     def tensors(self) -> list[torch.Tensor]:
         return [self._tensor]
+
+    def form(self) -> Form:
+        return Form("dithered" if self._random else "rounded", self._tensor)
 
 
 class Quantized(Encoded):
@@ -175,3 +182,7 @@ class Quantized(Encoded):
 
     def tensors(self) -> list[torch.Tensor]:
         return [self._codes, self._scales]
+
+    def form(self) -> Form | None:
+        whole = self._first == 0 and self._last > self._codes.numel() - BLOCK
+        return Form("signed" if self._signed else "unsigned", self._codes, self._scales) if whole else None

@@ -13,13 +13,13 @@ same ones in every stage, on any number of ranks, and after a checkpoint has bee
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Collection, Iterator, Mapping
 
 import torch
 
 from lit_zero.core.errors import ConfigError
-from lit_zero.core.keeping import Content, Keeper, Keeping, Kept, Origin
+from lit_zero.core.forms import Origin
+from lit_zero.core.keeping import Content, Keeper, Keeping, Kept
 from lit_zero.kernels.moments import BLOCK
 from lit_zero.precision.forms import Encoded, Quantized, Rounded, Split
 from lit_zero.precision.policy import Precision
@@ -78,8 +78,8 @@ class SmallKeeper(Keeper):
             yield first, last, views
             for key, part in parts.items():
                 if isinstance(part, Encoded):
-                    stream = zlib.crc32(f"{origin.name}/{key}".encode())
-                    part.encode(room[key][: part.padded], (stream, origin.step, origin.first + first))
+                    draw = origin.stream(key), origin.step, origin.first + first
+                    part.encode(room[key][: part.padded], draw)
 
 
 class Small(Keeping):

@@ -29,7 +29,8 @@ import torch
 from torch import nn
 
 from lit_zero.core.errors import LitZeroError
-from lit_zero.core.keeping import Content, Origin
+from lit_zero.core.forms import Form, Formed, Origin, StepsForms
+from lit_zero.core.keeping import Content
 from lit_zero.core.ticket import Ticket
 from lit_zero.zero.lane import Lane
 from lit_zero.zero.segment import Segment, copied_value, is_elementwise
@@ -92,9 +93,9 @@ class Walking:
                 continue
             self._taken.append((segment, grad))
             segment.param.grad = None
-            if segment.first < segment.last:
-                step = partial(self._step, twin, segment, grad)
-                todo.setdefault(segment.lane, []).append(step)
+        filled = [(segment, grad) for segment, grad in self._taken if segment.first < segment.last]
+        for segment, grad in [] if self._step_forms(filled) else filled:
+            todo.setdefault(segment.lane, []).append(partial(self._step, twin, segment, grad))
         for lane, steps in todo.items():
             lane.stepped = self._run(partial(_all, steps))
         self._steps += 1
@@ -126,11 +127,41 @@ class Walking:
         """Step a lane whose gradients are complete, and let go of them [Note: the step inside the backward]."""
         assert self._early is not None
         grad = lane.master_grad()
-        for segment in self.segments:
-            if segment.lane is lane and segment.first < segment.last:
-                self._step(self._early, segment, grad[segment.first : segment.last])
+        mine = [each for each in self.segments if each.lane is lane and each.first < each.last]
+        filled = [(segment, grad[segment.first : segment.last]) for segment in mine]
+        if not self._step_forms(filled):
+            for segment, part in filled:
+                self._step(self._early, segment, part)
         lane.drop_gradients()
         lane.count_step()
+
+    def _step_forms(self, filled: Sequence[tuple[Segment, torch.Tensor]]) -> bool:
+        """Let the optimizer step segments as they lie, if it can; return whether it has."""
+        if not isinstance(self.optimizer, StepsForms) or any(segment.lane.keeper.away for segment, _ in filled):
+            return False
+        parts = [self._formed(segment, grad) for segment, grad in filled]
+        known = [part for part in parts if part is not None]
+        if len(known) < len(parts) or not self.optimizer.step_forms(known):
+            return False
+        for segment, _ in filled:
+            if segment.lane.lowered and not segment.lane.split:
+                segment.lane.spread(segment.first, segment.lane.master.part(segment.first, segment.last).read())
+        return True
+
+    def _formed(self, segment: Segment, grad: torch.Tensor) -> Formed | None:
+        """Return a segment as its arrays lie; ``None`` if they are not all known, as before the first step."""
+        state = self.optimizer.state.get(segment.param, {})
+        master = segment.lane.master.part(segment.first, segment.last).form()
+        states: dict[str, Form] = {}
+        for key, value in state.items():
+            if is_elementwise(value, segment.param):
+                form = segment.values(key, value).form()
+                if form is None:
+                    return None
+                states[key] = form
+        if master is None or not state:
+            return None
+        return Formed(segment.param, grad, master, states, self._origin(segment, state))
 
     # ---- one segment
 

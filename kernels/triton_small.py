@@ -1,0 +1,180 @@
+"""The launch that steps segments in small forms.
+
+A program works on a few blocks of 256 elements, so that it sees whole blocks of 8-bit moments and can find their scales
+by itself. What a form means is said in ``small``, ``split`` and ``moments``; counting is that of ``triton_walk``
+[Note: the last block counts].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from lit_zero.kernels import triton_rules
+from lit_zero.kernels.moments import BLOCK, TINY, table
+from lit_zero.kernels.noise import STEP, as_int32
+from lit_zero.kernels.small import Array, SmallSegment
+from lit_zero.kernels.table import HEAD, Row, Tables
+from lit_zero.kernels.triton_moments import code_of, random_16, rounded_up_or_down
+from lit_zero.kernels.triton_split import halves, joined
+from lit_zero.kernels.triton_walk import rounded
+
+ROWS = 8  # blocks of a program
+WARPS = 8
+_GRADS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_STEP = tl.constexpr(as_int32(STEP))
+_TINY = tl.constexpr(TINY)
+_BLOCK = tl.constexpr(BLOCK)
+
+
+def launch(rule: str, segments: Sequence[SmallSegment], groups: Sequence[Sequence[float]], tables: Tables) -> None:
+    """Launch one kernel over segments that are alike in their forms; none is empty."""
+    first, device = segments[0], segments[0].grad.device
+    rows = tables.table([_row(segment) for segment in segments], ROWS * BLOCK, device)
+    seeds = tables.seeds([[moment.seed for moment in segment.moments] or [0] for segment in segments], device)
+    numbers = tables.numbers(groups, device)
+    forms = [moment.form for moment in first.moments] + [0, 0]
+    walk_small[(rows.owners.numel(),)](
+        rows.rows,
+        rows.owners,
+        rows.counters,
+        numbers,
+        seeds,
+        table(True, device),
+        table(False, device),
+        RULE=getattr(triton_rules, rule),
+        STATES=len(first.moments),
+        PARAM=first.param.form,
+        GRAD=_GRADS[first.grad.dtype],
+        FIRST=forms[0],
+        SECOND=forms[1],
+        COUNTED=first.step is not None,
+        WIDTH=rows.width,
+        NUMBERS=numbers.shape[1],
+        SEEDS=seeds.shape[1],
+        HEAD=HEAD,
+        ROWS=ROWS,
+        num_warps=WARPS,
+        enable_fp_fusion=True,
+    )
+
+
+def _row(segment: SmallSegment) -> Row:
+    def addresses(array: Array) -> tuple[int, int]:
+        return array.values.data_ptr(), 0 if array.partner is None else array.partner.data_ptr()
+
+    step = 0 if segment.step is None else segment.step.data_ptr()
+    tensors = (addresses(segment.param), (segment.grad.data_ptr(), 0), *map(addresses, segment.moments))
+    return Row(segment.group, step, segment.grad.numel(), tensors)
+
+
+@triton.jit
+def walk_small(  # type: ignore[no-untyped-def]
+    rows,
+    owners,
+    counters,
+    numbers,
+    seeds,
+    signed,
+    unsigned,
+    RULE: tl.constexpr,
+    STATES: tl.constexpr,
+    PARAM: tl.constexpr,
+    GRAD: tl.constexpr,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
+    COUNTED: tl.constexpr,
+    WIDTH: tl.constexpr,
+    NUMBERS: tl.constexpr,
+    SEEDS: tl.constexpr,
+    HEAD: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    segment = tl.load(owners + tl.program_id(0))
+    row = rows + segment.to(tl.int64) * WIDTH
+    numel = tl.load(row)
+    numbers += tl.load(row + 1) * NUMBERS
+    seeds += segment * SEEDS
+    block = (tl.program_id(0).to(tl.int64) - tl.load(row + 2)) * ROWS + tl.arange(0, ROWS)
+    count = 0.0
+    step = 0
+    if COUNTED:
+        count = tl.load(tl.load(row + 4).to(tl.pointer_type(tl.float32))) + 1.0
+        step = (count - 1.0).to(tl.int32) * _STEP
+    addresses = row + HEAD
+    index = block[:, None] * _BLOCK + tl.arange(0, _BLOCK)[None, :]
+    here = index < numel
+    param = _load(addresses, index, block, here, numel, PARAM, signed, unsigned)
+    grads = tl.load(addresses + 2).to(tl.pointer_type(GRAD))
+    grad = tl.load(grads + index, mask=here, other=0.0).to(tl.float32) * tl.load(numbers)
+    first = param
+    second = param
+    if STATES > 0:
+        first = _load(addresses + 4, index, block, here, numel, FIRST, signed, unsigned)
+    if STATES > 1:
+        second = _load(addresses + 6, index, block, here, numel, SECOND, signed, unsigned)
+    param, first, second, _ = RULE(param, grad, first, second, param, numbers, count, STATES)
+    _store(addresses, param, index, block, here, numel, 0, PARAM)
+    if STATES > 0:
+        _store(addresses + 4, first, index, block, here, numel, tl.load(seeds) + step, FIRST)
+    if STATES > 1:
+        _store(addresses + 6, second, index, block, here, numel, tl.load(seeds + 1) + step, SECOND)
+    if COUNTED:
+        tl.debug_barrier()
+        ticket = tl.atomic_add(counters + segment, 1)
+        if ticket == (numel + ROWS * _BLOCK - 1) // (ROWS * _BLOCK) - 1:
+            tl.store(counters + segment, 0)
+            tl.store(tl.load(row + 4).to(tl.pointer_type(tl.float32)), count)
+
+
+@triton.jit
+def _load(address, index, block, here, numel, FORM: tl.constexpr, signed, unsigned):  # type: ignore[no-untyped-def]
+    """Return elements in fp32, zeros behind the end."""
+    values, partner = tl.load(address), tl.load(address + 1)
+    if FORM == 0:
+        found = tl.load(values.to(tl.pointer_type(tl.float32)) + index, mask=here, other=0.0)
+    elif FORM == 1:
+        high = tl.load(values.to(tl.pointer_type(tl.int16)) + index, mask=here, other=0)
+        found = joined(high, tl.load(partner.to(tl.pointer_type(tl.int16)) + index, mask=here, other=0))
+    elif FORM < 4:
+        found = tl.load(values.to(tl.pointer_type(tl.bfloat16)) + index, mask=here, other=0.0).to(tl.float32)
+    else:
+        code = tl.load(values.to(tl.pointer_type(tl.uint8)) + index, mask=here, other=0).to(tl.int32)
+        scale = tl.load(partner.to(tl.pointer_type(tl.float32)) + block, mask=block * _BLOCK < numel, other=0.0)
+        meanings = signed if FORM == 4 else unsigned
+        found = tl.where(here, tl.load(meanings + code) * scale[:, None], 0.0)
+    return found
+
+
+@triton.jit
+def _store(address, found, index, block, here, numel, seed, FORM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Write elements in their form; ``seed``: where the random bits of element 0 start in this step."""
+    values, partner = tl.load(address), tl.load(address + 1)
+    if FORM == 0:
+        tl.store(values.to(tl.pointer_type(tl.float32)) + index, found, mask=here)
+    elif FORM == 1:
+        high, low = halves(found)
+        tl.store(values.to(tl.pointer_type(tl.int16)) + index, high, mask=here)
+        tl.store(partner.to(tl.pointer_type(tl.int16)) + index, low, mask=here)
+    elif FORM == 2:
+        tl.store(values.to(tl.pointer_type(tl.bfloat16)) + index, rounded(found, tl.bfloat16), mask=here)
+    elif FORM == 3:
+        bits = rounded_up_or_down(found, random_16(seed, index))
+        tl.store(values.to(tl.pointer_type(tl.int16)) + index, bits, mask=here)
+    else:
+        found = tl.where(here, found, 0.0)
+        scale = tl.maximum(tl.max(tl.abs(found), 1), _TINY)
+        unknown = tl.max((found != found).to(tl.int32), 1)  # a maximum does not show what is no number
+        scale = tl.where(unknown > 0, float("nan"), scale)
+        code = code_of(tl.abs(found) / scale[:, None], FORM == 4)
+        if FORM == 4:
+            code = tl.floor(code + 0.5)
+            code = tl.where(found < 0, -code, code) + 127.0
+        else:
+            code = tl.floor(code + random_16(seed, index).to(tl.float32) * 0.0000152587890625)
+            code = tl.maximum(code, tl.where(found > 0, 1.0, 0.0))
+        within = (block * _BLOCK < numel)[:, None] & (index >= 0)  # the last block is written to its end
+        tl.store(values.to(tl.pointer_type(tl.uint8)) + index, code.to(tl.uint8), mask=within)
+        tl.store(partner.to(tl.pointer_type(tl.float32)) + block, scale, mask=block * _BLOCK < numel)
