@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from lit_zero.kernels.small import small_step
 from torch import nn
 
 from lit_zero import optim
 from lit_zero.core.forms import Form, Formed, Origin
 from lit_zero.core.keeping import Content, Kept
+from lit_zero.optim import flat
 from lit_zero.precision.forms import Encoded
 from lit_zero.precision.policy import Precision
-from lit_zero.kernels.small import small_step
-from lit_zero.optim import flat
 from lit_zero.precision.small import SmallKeeper
 from tests.precision.harness import Job, autocast_loss, trained
 from tests.zero.harness import GPT, Run
