@@ -187,19 +187,25 @@ class Flat(torch.optim.Optimizer):
 
     def _prepare(self, group: dict[str, Any], param: nn.Parameter) -> None:
         """Make what is missing of a parameter's states, and bring the count of steps to where kernels expect it."""
+        keys = self._keys(group)
+        if not self.counts and not keys:
+            return
+        state = self.state[param]
         if self.counts:
-            self._count(self.state[param], param.device)
-        for key in self._keys(group):
-            state = self.state[param]
-            if state.get(key) is None:
+            self._count(state, param.device)
+        for key in keys:
+            value = state.get(key)
+            if value is None:
                 state[key] = torch.full_like(param, self._first_value(group), memory_format=torch.preserve_format)
-            state[key] = _like(state[key], param)
+            elif not same_order(value, param):
+                state[key] = _like(value, param)
 
     @staticmethod
     def _count(state: dict[str, Any], device: torch.device) -> torch.Tensor:
         """Return the number of steps where and as kernels expect it."""
-        count = torch.as_tensor(state.get("step", 0.0), dtype=torch.float32, device=device)
-        state["step"] = count
+        count = state.get("step", 0.0)
+        if not isinstance(count, torch.Tensor) or count.dtype != torch.float32 or count.device != device:
+            state["step"] = count = torch.as_tensor(count, dtype=torch.float32, device=device)
         return count
 
     def _segment(self, number: int, group: dict[str, Any], param: nn.Parameter) -> Segment:
@@ -263,7 +269,7 @@ def _is_torchs_own(param: torch.Tensor) -> bool:
         return True
     if not param.is_floating_point() or grad.layout != torch.strided:
         return False
-    return param.is_cuda or (is_dense(param) and _like(grad, param) is grad)
+    return param.is_cuda or (is_dense(param) and same_order(grad, param))
 
 
 def is_dense(tensor: torch.Tensor) -> bool:
@@ -278,9 +284,14 @@ def is_dense(tensor: torch.Tensor) -> bool:
     return True
 
 
+def same_order(tensor: torch.Tensor, param: torch.Tensor) -> bool:
+    """Return whether the elements of two tensors of one shape lie in the same order."""
+    return (tensor.is_contiguous() and param.is_contiguous()) or tensor.stride() == param.stride()
+
+
 def _like(tensor: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
-    """Return a tensor with its elements in the order of ``param``'s."""
-    if tensor.stride() == param.stride() or (tensor.is_contiguous() and param.is_contiguous()) or not is_dense(param):
+    """Return a tensor with its elements in the order of ``param``'s, if those fill their memory."""
+    if same_order(tensor, param) or not is_dense(param):
         return tensor
     return torch.empty_like(param, dtype=tensor.dtype, memory_format=torch.preserve_format).copy_(tensor)
 

@@ -94,7 +94,10 @@ def test_equals_torchs_class_in_one_process(ranks, kernels):
 
 def test_the_kernel_writes_the_copy_that_is_gathered_next(interpreted, monkeypatch):
     published: list[Lane] = []
-    inner = Lane.publish
+    launches: list[int] = []
+    inner, walk = Lane.publish, sys.modules["lit_zero.kernels.triton_walk"]
+    launch = walk.launch
+    monkeypatch.setattr(walk, "launch", lambda *args: (launches.append(1), launch(*args)))
     monkeypatch.setattr(Lane, "publish", lambda lane: (published.append(lane), inner(lane))[1])
     found = []
     for kernels in (True, False):
@@ -104,15 +107,18 @@ def test_the_kernel_writes_the_copy_that_is_gathered_next(interpreted, monkeypat
         model = GPT(layers=1)
         optimizer = make(model, "AdamW")
         exchange = open_exchange(Comm(), torch.device("cpu"))
-        lowering = Lowering(Precision(lower="all"), torch.bfloat16)
+        lowering = Lowering(Precision(), torch.bfloat16)  # some lanes have a copy, others none
         engine = Engine(model, [optimizer], zero=Zero("none"), exchange=exchange, lowering=lowering)
         published.clear()
+        launches.clear()
         for number in range(3):
             engine.backward(model.loss(tokens(number)))
             engine.step()
+        assert len(launches) == (3 if kernels else 0), "one launch a step, for all lanes and groups"
         assert len(published) == (0 if kernels else 3 * len(engine.lanes))
+        assert {lane.lowered for lane in engine.lanes} == {True, False}
         for lane in engine.lanes:
-            assert torch.equal(lane.full, lane.master.read().bfloat16())
+            assert torch.equal(lane.full, lane.master.read().to(lane.full.dtype))
         masters = torch.cat([lane.master.read() for lane in engine.lanes])
         engine.refresh()
         assert len(published) >= len(engine.lanes), "what others have written is copied as ever"
