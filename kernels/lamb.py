@@ -8,13 +8,14 @@ Source: You et al., "Large Batch Optimization for Deep Learning: Training BERT i
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from lit_zero.kernels.choice import runs_kernel
-from lit_zero.kernels.reductions import sum_of_powers
+
+PORTION = 1 << 15  # elements: what the reference reads and writes of them stays in a core's cache
 
 
 class LambGroup(NamedTuple):
@@ -55,6 +56,18 @@ class LambPiece:
     step: torch.Tensor
     own: slice
 
+    def runs(self) -> Iterator[tuple[int, int, bool]]:
+        """Yield ``(first, last, counts)`` for the elements that count in the sums, also if there are none, and then for
+        those before and behind them, if there are any.
+        """
+        numel = self.param.numel()
+        first, last, _ = self.own.indices(numel)
+        last = max(first, last)
+        yield first, last, True
+        for begin, end in ((0, first), (last, numel)):
+            if begin < end:
+                yield begin, end, False
+
 
 def lamb_moments(pieces: Sequence[LambPiece]) -> torch.Tensor:
     """Count the step and update the moments of every piece; return the sums of squares of its parameter and of its
@@ -81,16 +94,20 @@ def lamb_moments(pieces: Sequence[LambPiece]) -> torch.Tensor:
 
 def moments_reference(pieces: Sequence[LambPiece]) -> torch.Tensor:
     """Do what :func:`lamb_moments` does, piece by piece; the steps are counted already."""
-    sums = []
-    for piece in pieces:
-        exp_avg, exp_avg_sq, grad = (_wide(each) for each in (piece.exp_avg, piece.exp_avg_sq, piece.grad))
-        exp_avg.lerp_(grad, 1.0 - piece.group.beta1)
-        exp_avg_sq.mul_(piece.group.beta2).addcmul_(grad, grad, value=1.0 - piece.group.beta2)
-        _put_back(piece.exp_avg, exp_avg)
-        _put_back(piece.exp_avg_sq, exp_avg_sq)
-        both = piece.param[piece.own], _update(piece, piece.own)
-        sums += [sum_of_powers([each], 2.0, piece.param.device) for each in both]
-    return torch.stack(sums).view(-1, 2)
+    sums = torch.zeros(len(pieces), 2, dtype=torch.float64, device=pieces[0].param.device)
+    for piece, total in zip(pieces, sums.unbind(), strict=True):
+        corrections = _corrections(piece)
+        for part, counts in _portions(piece):
+            exp_avg, exp_avg_sq, grad = (_wide(each[part]) for each in (piece.exp_avg, piece.exp_avg_sq, piece.grad))
+            exp_avg.lerp_(grad, 1.0 - piece.group.beta1)
+            exp_avg_sq.mul_(piece.group.beta2).addcmul_(grad, grad, value=1.0 - piece.group.beta2)
+            _put_back(piece.exp_avg[part], exp_avg)
+            _put_back(piece.exp_avg_sq[part], exp_avg_sq)
+            if counts:
+                both = piece.param[part], _update(piece, part, corrections)
+                norms = [torch.linalg.vector_norm(each, dtype=torch.float64) for each in both]
+                total.add_(torch.stack(norms).square_())
+    return sums
 
 
 def lamb_apply(pieces: Sequence[LambPiece], sums: torch.Tensor) -> None:
@@ -117,24 +134,35 @@ def lamb_apply(pieces: Sequence[LambPiece], sums: torch.Tensor) -> None:
 def apply_reference(pieces: Sequence[LambPiece], ratios: torch.Tensor) -> None:
     """Move every piece against its update, piece by piece; ``ratios``: of the parameter's norm to the update's."""
     for piece, ratio in zip(pieces, ratios, strict=True):
-        param = _wide(piece.param)
-        rate = ratio * piece.group.lr if piece.group.adapt else piece.group.lr
-        param.sub_(_update(piece, slice(None)).mul_(rate))
-        _put_back(piece.param, param)
+        rate, corrections = ratio * piece.group.lr if piece.group.adapt else piece.group.lr, _corrections(piece)
+        for part, _ in _portions(piece):
+            param = _wide(piece.param[part])
+            param.sub_(_update(piece, part, corrections).mul_(rate))
+            _put_back(piece.param[part], param)
 
 
-def _update(piece: LambPiece, part: slice) -> torch.Tensor:
-    """Return the update before it is scaled, of some elements, in memory of its own; the step is counted already."""
-    group = piece.group
-    first, second = (_correction(beta, piece.step) for beta in (group.beta1, group.beta2))
-    update = _wide(piece.exp_avg_sq[part]).div(second).sqrt_().add_(group.eps)
+def _portions(piece: LambPiece) -> Iterator[tuple[slice, bool]]:
+    """Yield all elements of a piece, and whether they count. Those that do are cut alike however a parameter is
+    divided over ranks, so that their sums have the same bits.
+    """
+    for first, last, counts in piece.runs():
+        for begin in range(first, last, PORTION):
+            yield slice(begin, min(begin + PORTION, last)), counts
+
+
+def _update(piece: LambPiece, part: slice, corrections: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the update before it is scaled, of some elements, in memory of its own."""
+    first, second = corrections
+    update = _wide(piece.exp_avg_sq[part]).div(second).sqrt_().add_(piece.group.eps)
     update = torch.div(_wide(piece.exp_avg[part]), update, out=update).div_(first)
-    return update.add_(_wide(piece.param[part]), alpha=group.weight_decay)
+    return update.add_(_wide(piece.param[part]), alpha=piece.group.weight_decay)
 
 
-def _correction(beta: float, step: torch.Tensor) -> torch.Tensor:
-    """Return ``1 - beta ** step``; 0-d, fp64: in fp32 the first steps of 0.999 would be off by 1e-5."""
-    return -torch.expm1(step.double() * _log(beta))
+def _corrections(piece: LambPiece) -> list[torch.Tensor]:
+    """Return ``1 - beta ** step`` for both moments, 0-d, fp64: in fp32 the first steps of 0.999 would be off by 1e-5.
+    The step is counted already.
+    """
+    return [-torch.expm1(piece.step.double() * _log(beta)) for beta in (piece.group.beta1, piece.group.beta2)]
 
 
 def _log(beta: float) -> float:
@@ -160,5 +188,5 @@ def _wide(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _put_back(stored: torch.Tensor, new: torch.Tensor) -> None:
-    if stored is not new:
+    if stored.data_ptr() != new.data_ptr():
         stored.copy_(new)

@@ -10,13 +10,14 @@ from lit_zero.kernels.table import Row, Table, Tables
 _TABLES = Tables()  # of the last calls: the same tensors again upload nothing
 
 
-def table_of(tensors: Sequence[torch.Tensor], block: int, partners: Sequence[int] = ()) -> Table:
+def table_of(tensors: Sequence[torch.Tensor], block: int, partners: Sequence[int] = (), reverse: bool = False) -> Table:
     """Return the table of some tensors.
 
     Args:
         tensors: contiguous, on one device, of one dtype; none is empty.
         block: elements of a block.
         partners: a second address for each.
+        reverse: it comes before the tensor's own.
 
     Raises:
         ValueError: for a tensor with gaps, whose memory a kernel would walk through all the same.
@@ -27,10 +28,11 @@ def table_of(tensors: Sequence[torch.Tensor], block: int, partners: Sequence[int
                 f"A tensor of shape {tuple(tensor.shape)} and stride {tensor.stride()} is not contiguous, and flat "
                 "kernels take contiguous tensors only. Pass tensor.contiguous(), and copy back what was written."
             )
-    addresses = partners or [0] * len(tensors)
+    places = [tensor.data_ptr() for tensor in tensors]
+    pairs = list(zip(places, partners or [0] * len(tensors), strict=True))
     rows = [
-        Row(0, 0, tensor.numel(), ((tensor.data_ptr(), partner),))
-        for tensor, partner in zip(tensors, addresses, strict=True)
+        Row(0, 0, tensor.numel(), (pair[::-1] if reverse else pair,))
+        for tensor, pair in zip(tensors, pairs, strict=True)
     ]
     return _TABLES.table(rows, block, tensors[0].device)
 

@@ -6,27 +6,19 @@ The elements that count in the sums and the others of a piece are rows of their 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from lit_zero.kernels.lamb import LambPiece
 from lit_zero.kernels.table import HEAD, Row, Table, Tables
-from lit_zero.kernels.triton_casts import DTYPES, narrow
+from lit_zero.kernels.triton_blocks import DTYPES, OPTIONS, fetch, narrow, put
 
 _BLOCK = 2048  # elements
 _SUMS = 1024  # blocks whose sums are added at once
 _TABLES = Tables()  # of the last steps
-
-
-@triton.jit
-def _place(rows, owners, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
-    """Return the row of this program's block, its elements in the row, and which of them there are."""
-    number = tl.program_id(0)
-    row = rows + tl.load(owners + number) * WIDTH
-    at = (number - tl.load(row + 2)) * BLOCK + tl.arange(0, BLOCK)  # int64, as the table is
-    return row, at, at < tl.load(row)
 
 
 @triton.jit
@@ -54,22 +46,41 @@ def _moments(
     HEAD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row, at, inside = _place(rows, owners, BLOCK, WIDTH)
+    row = rows + tl.load(owners + tl.program_id(0)) * WIDTH
     group = groups + tl.load(row + 1) * NUMBERS
-    param = tl.load(tl.load(row + HEAD).to(tl.pointer_type(PARAM)) + at, mask=inside, other=0.0).to(tl.float32)
-    grad = tl.load(tl.load(row + HEAD + 2).to(tl.pointer_type(GRAD)) + at, mask=inside, other=0.0).to(tl.float32)
-    firsts = tl.load(row + HEAD + 4).to(tl.pointer_type(STATE)) + at
-    seconds = tl.load(row + HEAD + 6).to(tl.pointer_type(STATE)) + at
-    exp_avg = tl.load(firsts, mask=inside, other=0.0).to(tl.float32)
-    exp_avg_sq = tl.load(seconds, mask=inside, other=0.0).to(tl.float32)
-    exp_avg = tl.load(group + 1) * exp_avg + tl.load(group + 2) * grad
-    exp_avg_sq = tl.load(group + 3) * exp_avg_sq + tl.load(group + 4) * grad * grad
-    kept, kept_sq = narrow(exp_avg, STATE), narrow(exp_avg_sq, STATE)
-    tl.store(firsts, kept, mask=inside)
-    tl.store(seconds, kept_sq, mask=inside)
+    begin = (tl.program_id(0) - tl.load(row + 2)) * BLOCK  # int64, as the table is
+    if (tl.load(row + 3) != 0) & (begin + BLOCK <= tl.load(row)):  # [Note: whole blocks]
+        _moments_of_block(row, row + HEAD, group, begin, sums, True, PARAM, GRAD, STATE, BLOCK)
+    else:
+        _moments_of_block(row, row + HEAD, group, begin, sums, False, PARAM, GRAD, STATE, BLOCK)
+
+
+@triton.jit
+def _moments_of_block(
+    row,
+    addresses,
+    group,
+    begin,
+    sums,
+    WHOLE: tl.constexpr,
+    PARAM: tl.constexpr,
+    GRAD: tl.constexpr,
+    STATE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    at = begin + tl.arange(0, BLOCK)
+    inside = at < tl.load(row)
+    param = fetch(tl.load(addresses).to(tl.pointer_type(PARAM)), at, inside, WHOLE, BLOCK)
+    grad = fetch(tl.load(addresses + 2).to(tl.pointer_type(GRAD)), at, inside, WHOLE, BLOCK)
+    firsts = tl.load(addresses + 4).to(tl.pointer_type(STATE))
+    seconds = tl.load(addresses + 6).to(tl.pointer_type(STATE))
+    exp_avg = tl.load(group + 1) * fetch(firsts, at, inside, WHOLE, BLOCK) + tl.load(group + 2) * grad
+    exp_avg_sq = tl.load(group + 3) * fetch(seconds, at, inside, WHOLE, BLOCK) + tl.load(group + 4) * grad * grad
+    put(firsts, at, exp_avg, inside, STATE, WHOLE, BLOCK)
+    put(seconds, at, exp_avg_sq, inside, STATE, WHOLE, BLOCK)
     # From the moments as they are kept: the second half will find no others.
-    update = _update(param, kept.to(tl.float32), kept_sq.to(tl.float32), row, group)
-    update = tl.where(inside, update, 0.0)
+    kept, kept_sq = narrow(exp_avg, STATE).to(tl.float32), narrow(exp_avg_sq, STATE).to(tl.float32)
+    update = tl.where(inside, _update(param, kept, kept_sq, row, group), 0.0)
     number = tl.program_id(0).to(tl.int64)
     tl.store(sums + 2 * number, tl.sum(param * param, axis=0))
     tl.store(sums + 2 * number + 1, tl.sum(update * update, axis=0))
@@ -103,26 +114,50 @@ def _apply(
     HEAD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row, at, inside = _place(rows, owners, BLOCK, WIDTH)
+    owner = tl.load(owners + tl.program_id(0))
+    row = rows + owner * WIDTH
     group = groups + tl.load(row + 1) * NUMBERS
-    params = tl.load(row + HEAD).to(tl.pointer_type(PARAM)) + at
-    firsts = tl.load(row + HEAD + 4).to(tl.pointer_type(STATE)) + at
-    seconds = tl.load(row + HEAD + 6).to(tl.pointer_type(STATE)) + at
-    param = tl.load(params, mask=inside, other=0.0).to(tl.float32)
-    exp_avg = tl.load(firsts, mask=inside, other=0.0).to(tl.float32)
-    exp_avg_sq = tl.load(seconds, mask=inside, other=0.0).to(tl.float32)
+    rate = tl.load(group) * tl.where(tl.load(group + 9) > 0, tl.load(ratios + owner), 1.0)
+    begin = (tl.program_id(0) - tl.load(row + 2)) * BLOCK  # int64, as the table is
+    if (tl.load(row + 3) != 0) & (begin + BLOCK <= tl.load(row)):  # [Note: whole blocks]
+        _apply_to_block(row, row + HEAD, group, begin, rate, True, PARAM, STATE, BLOCK)
+    else:
+        _apply_to_block(row, row + HEAD, group, begin, rate, False, PARAM, STATE, BLOCK)
+
+
+@triton.jit
+def _apply_to_block(
+    row,
+    addresses,
+    group,
+    begin,
+    rate,
+    WHOLE: tl.constexpr,
+    PARAM: tl.constexpr,
+    STATE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    at = begin + tl.arange(0, BLOCK)
+    inside = at < tl.load(row)
+    params = tl.load(addresses).to(tl.pointer_type(PARAM))
+    param = fetch(params, at, inside, WHOLE, BLOCK)
+    exp_avg = fetch(tl.load(addresses + 4).to(tl.pointer_type(STATE)), at, inside, WHOLE, BLOCK)
+    exp_avg_sq = fetch(tl.load(addresses + 6).to(tl.pointer_type(STATE)), at, inside, WHOLE, BLOCK)
     update = _update(param, exp_avg, exp_avg_sq, row, group)
-    ratio = tl.load(ratios + tl.load(owners + tl.program_id(0)))
-    rate = tl.load(group) * tl.where(tl.load(group + 9) > 0, ratio, 1.0)
-    tl.store(params, narrow(param - rate * update, PARAM), mask=inside)
+    put(params, at, param - rate * update, inside, PARAM, WHOLE, BLOCK)
 
 
 def launch_moments(pieces: Sequence[LambPiece]) -> torch.Tensor:
     """Do the first half for pieces of one format; the steps are counted already. See ``lamb_moments``."""
     device, numbers = pieces[0].param.device, _numbers(pieces)
     # Rows of what counts come first, one for each piece; it may be empty.
-    rows = [_row(piece, *_bounds(piece), numbers) for piece in pieces]
-    rows += [_row(piece, *bounds, numbers) for piece in pieces for bounds in _others(piece)]
+    runs = [(piece, *run) for piece in pieces for run in piece.runs()]
+    rows = [
+        _row(piece, first, last, numbers)
+        for kind in (True, False)
+        for piece, first, last, counts in runs
+        if counts is kind
+    ]
     table = _TABLES.table(rows, _BLOCK, device)
     totals = torch.zeros(len(rows), 2, dtype=torch.float64, device=device)
     if len(table.owners):
@@ -156,19 +191,6 @@ def _row(piece: LambPiece, first: int, last: int, numbers: dict[tuple[float, ...
     return Row(numbers[piece.group.numbers()], piece.step.data_ptr(), last - first, addresses)
 
 
-def _bounds(piece: LambPiece) -> tuple[int, int]:
-    first, last, _ = piece.own.indices(piece.param.numel())
-    return first, max(first, last)
-
-
-def _others(piece: LambPiece) -> Iterable[tuple[int, int]]:
-    """Yield the bounds of the elements that do not count."""
-    first, last = _bounds(piece)
-    for bounds in ((0, first), (last, piece.param.numel())):
-        if bounds[0] < bounds[1]:
-            yield bounds
-
-
 def _numbers(pieces: Sequence[LambPiece]) -> dict[tuple[float, ...], int]:
     """Return the groups' hyper-parameters, each with its number in the table."""
     found: dict[tuple[float, ...], int] = {}
@@ -186,5 +208,5 @@ def _formats(pieces: Sequence[LambPiece]) -> dict[str, tl.dtype]:
     return {"PARAM": DTYPES[first.param.dtype], "GRAD": DTYPES[first.grad.dtype], "STATE": DTYPES[first.exp_avg.dtype]}
 
 
-def _sizes(table: Table) -> dict[str, int]:
-    return {"NUMBERS": 10, "WIDTH": table.width, "HEAD": HEAD, "BLOCK": _BLOCK}
+def _sizes(table: Table) -> dict[str, Any]:
+    return {"NUMBERS": 10, "WIDTH": table.width, "HEAD": HEAD, "BLOCK": _BLOCK, **OPTIONS}

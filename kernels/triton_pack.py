@@ -8,8 +8,8 @@ import torch
 import triton
 import triton.language as tl
 from lit_zero.kernels.many import table_of
-from lit_zero.kernels.table import ALIGN, HEAD
-from lit_zero.kernels.triton_casts import DTYPES, narrow, widen
+from lit_zero.kernels.table import HEAD
+from lit_zero.kernels.triton_blocks import DTYPES, OPTIONS, fetch, put
 
 _BLOCK = 4096
 
@@ -18,41 +18,48 @@ _BLOCK = 4096
 def _move(
     rows,
     owners,
-    DTYPE: tl.constexpr,
-    FLAT: tl.constexpr,
-    TO_FLAT: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    SOURCE: tl.constexpr,
+    TARGET: tl.constexpr,
     WIDTH: tl.constexpr,
     HEAD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    number = tl.program_id(0)
-    row = rows + tl.load(owners + number) * WIDTH
-    at = (number - tl.load(row + 2)) * BLOCK + tl.arange(0, BLOCK)  # int64, as the table is
-    inside = at < tl.load(row)
-    single = tl.load(row + HEAD).to(tl.pointer_type(DTYPE)) + at
-    packed = tl.load(row + HEAD + 1).to(tl.pointer_type(FLAT)) + at
-    if ALIGNED:  # what is read from a table says nothing of alignment by itself
-        single = tl.max_contiguous(tl.multiple_of(single, 16), BLOCK)
-        packed = tl.max_contiguous(tl.multiple_of(packed, 16), BLOCK)
-    if TO_FLAT:
-        tl.store(packed, narrow(widen(tl.load(single, mask=inside)), FLAT), mask=inside)
+    row = rows + tl.load(owners + tl.program_id(0)) * WIDTH
+    begin = (tl.program_id(0) - tl.load(row + 2)) * BLOCK  # int64, as the table is
+    if (tl.load(row + 3) != 0) & (begin + BLOCK <= tl.load(row)):  # [Note: whole blocks]
+        _block(row + HEAD, begin, tl.load(row), True, SOURCE, TARGET, BLOCK)
     else:
-        tl.store(single, narrow(widen(tl.load(packed, mask=inside)), DTYPE), mask=inside)
+        _block(row + HEAD, begin, tl.load(row), False, SOURCE, TARGET, BLOCK)
+
+
+@triton.jit
+def _block(
+    addresses,
+    begin,
+    numel,
+    WHOLE: tl.constexpr,
+    SOURCE: tl.constexpr,
+    TARGET: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    at = begin + tl.arange(0, BLOCK)
+    source = tl.load(addresses).to(tl.pointer_type(SOURCE))
+    target = tl.load(addresses + 1).to(tl.pointer_type(TARGET))
+    put(target, at, fetch(source, at, at < numel, WHOLE, BLOCK), at < numel, TARGET, WHOLE, BLOCK)
 
 
 def launch(tensors: Sequence[torch.Tensor], flat: torch.Tensor, starts: Sequence[int], to_flat: bool) -> None:
     """Run the kernel on tensors of one dtype, none of them empty."""
     places = [flat.data_ptr() + start * flat.element_size() for start in starts]
-    table = table_of(tensors, _BLOCK, places)
+    table = table_of(tensors, _BLOCK, places, reverse=not to_flat)
+    ends = (tensors[0].dtype, flat.dtype) if to_flat else (flat.dtype, tensors[0].dtype)
     _move[(len(table.owners),)](
         table.rows,
         table.owners,
-        DTYPE=DTYPES[tensors[0].dtype],
-        FLAT=DTYPES[flat.dtype],
-        TO_FLAT=to_flat,
-        ALIGNED=all(address % ALIGN == 0 for address in [*places, *(tensor.data_ptr() for tensor in tensors)]),
+        SOURCE=DTYPES[ends[0]],
+        TARGET=DTYPES[ends[1]],
         WIDTH=table.width,
         HEAD=HEAD,
         BLOCK=_BLOCK,
+        **OPTIONS,
     )

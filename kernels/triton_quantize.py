@@ -1,4 +1,4 @@
-"""The kernels of block-wise quantisation. A program works on some blocks: rows of bytes, one or two codes in each."""
+"""The kernels of block-wise quantisation. A program works on some blocks, as rows."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import triton
 import triton.language as tl
 from lit_zero.kernels.codes import BITS, LEVELS, code_of_zero, table_on
 from lit_zero.kernels.quantize import Quantized, Scheme
-from lit_zero.kernels.triton_casts import DTYPES, narrow
+from lit_zero.kernels.triton_blocks import DTYPES, OPTIONS, narrow
 
 _TILE = 2048  # bytes of codes that a program writes, at least one block
 
 
 @triton.jit
 def _code(value, scale, up, table, zero, LEVELS: tl.constexpr, BITS: tl.constexpr):
-    """Return the codes of ``value`` (``[rows, bytes]``) by the rows' ``scale``; ``up`` decides between neighbours."""
+    """Return the codes of ``value`` (``[rows, elements]``) by the rows' ``scale``; ``up`` decides for a neighbour."""
     usable = (scale > 0) & (scale < float("inf"))
     if LEVELS > 0:
         step = tl.div_rn(scale, tl.full(scale.shape, LEVELS, tl.float32))
@@ -56,40 +56,25 @@ def _quantize(
 ):
     PER_BYTE: tl.constexpr = 8 // BITS
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, COLUMNS)
-    within = (row < blocks)[:, None] & (column < BLOCK // PER_BYTE)[None, :]
-    at = row[:, None] * BLOCK + column[None, :] * PER_BYTE  # the first code's element
-    first = tl.load(values + at, mask=within & (at < numel), other=0.0).to(tl.float32)
-    largest = tl.max(tl.abs(first), axis=1)
-    wrong = tl.max(tl.where(tl.abs(first) < float("inf"), 0, 1), axis=1)
-    second = first
-    if PER_BYTE == 2:
-        second = tl.load(values + at + 1, mask=within & (at + 1 < numel), other=0.0).to(tl.float32)
-        largest = tl.maximum(largest, tl.max(tl.abs(second), axis=1))
-        wrong = tl.maximum(wrong, tl.max(tl.where(tl.abs(second) < float("inf"), 0, 1), axis=1))
+    element = tl.arange(0, COLUMNS * PER_BYTE)
+    at = row[:, None] * BLOCK + element[None, :]
+    within = (row < blocks)[:, None] & (element < BLOCK)[None, :] & (at < numel)
+    value = tl.load(values + at, mask=within, other=0.0).to(tl.float32)
+    largest = tl.max(tl.abs(value), axis=1)
+    wrong = tl.max(tl.where(tl.abs(value) < float("inf"), 0, 1), axis=1)
     scale = tl.where(wrong > 0, float("nan"), largest)
     tl.store(scales + row, scale, mask=row < blocks)
-    up = tl.full(first.shape, 0.5, tl.float32)
+    up = tl.full(value.shape, 0.5, tl.float32)
     if STOCHASTIC:
         up = tl.rand(seed, at).to(tl.float32)
-    byte = _code(first, scale, up, table, zero, LEVELS, BITS)
+    byte = tl.where(within, _code(value, scale, up, table, zero, LEVELS, BITS), 0)
     if PER_BYTE == 2:
-        if STOCHASTIC:
-            up = tl.rand(seed, at + 1).to(tl.float32)
-        other = _code(second, scale, up, table, zero, LEVELS, BITS)
-        byte = byte | tl.where(at + 1 < numel, other << BITS, 0)
-    place = row[:, None] * (BLOCK // PER_BYTE) + column[None, :]
-    tl.store(codes + place, byte.to(tl.uint8), mask=within & (at < numel))
-
-
-@triton.jit
-def _value(code, scale, table, LEVELS: tl.constexpr, BITS: tl.constexpr):
-    if LEVELS > 0:
-        signed = tl.where(code >= (1 << (BITS - 1)), code - (1 << BITS), code)
-        step = tl.div_rn(scale, tl.full(scale.shape, LEVELS, tl.float32))
-        return signed.to(tl.float32) * step[:, None]
-    else:
-        return tl.load(table + code) * scale[:, None]
+        first, second = tl.split(tl.reshape(byte, (ROWS, COLUMNS, 2)))
+        byte = first | (second << BITS)
+    column = tl.arange(0, COLUMNS)
+    first_at = row[:, None] * BLOCK + column[None, :] * PER_BYTE
+    inside = (row < blocks)[:, None] & (column < BLOCK // PER_BYTE)[None, :] & (first_at < numel)
+    tl.store(codes + row[:, None] * (BLOCK // PER_BYTE) + column[None, :], byte.to(tl.uint8), mask=inside)
 
 
 @triton.jit
@@ -110,16 +95,21 @@ def _dequantize(
     PER_BYTE: tl.constexpr = 8 // BITS
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
-    within = (row < blocks)[:, None] & (column < BLOCK // PER_BYTE)[None, :]
-    at = row[:, None] * BLOCK + column[None, :] * PER_BYTE
-    place = row[:, None] * (BLOCK // PER_BYTE) + column[None, :]
-    byte = tl.load(codes + place, mask=within & (at < numel), other=0).to(tl.int32)
-    scale = tl.load(scales + row, mask=row < blocks, other=0.0)
-    first = _value(byte & ((1 << BITS) - 1), scale, table, LEVELS, BITS)
-    tl.store(out + at, narrow(first, DTYPE), mask=within & (at < numel))
+    first_at = row[:, None] * BLOCK + column[None, :] * PER_BYTE
+    inside = (row < blocks)[:, None] & (column < BLOCK // PER_BYTE)[None, :] & (first_at < numel)
+    code = tl.load(codes + row[:, None] * (BLOCK // PER_BYTE) + column[None, :], mask=inside, other=0).to(tl.int32)
     if PER_BYTE == 2:
-        second = _value(byte >> BITS, scale, table, LEVELS, BITS)
-        tl.store(out + at + 1, narrow(second, DTYPE), mask=within & (at + 1 < numel))
+        code = tl.reshape(tl.join(code & ((1 << BITS) - 1), code >> BITS), (ROWS, COLUMNS * 2))
+    scale = tl.load(scales + row, mask=row < blocks, other=0.0)
+    if LEVELS > 0:
+        signed = tl.where(code >= (1 << (BITS - 1)), code - (1 << BITS), code)
+        value = signed.to(tl.float32) * tl.div_rn(scale, tl.full(scale.shape, LEVELS, tl.float32))[:, None]
+    else:
+        value = tl.load(table + code) * scale[:, None]
+    element = tl.arange(0, COLUMNS * PER_BYTE)
+    at = row[:, None] * BLOCK + element[None, :]
+    within = (row < blocks)[:, None] & (element < BLOCK)[None, :] & (at < numel)
+    tl.store(out + at, narrow(value, DTYPE), mask=within)
 
 
 def launch_quantize(flat: torch.Tensor, scheme: Scheme, seed: int | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -130,7 +120,9 @@ def launch_quantize(flat: torch.Tensor, scheme: Scheme, seed: int | None) -> tup
     if numel:
         tile, grid = _tile(scheme, blocks)
         table, zero = _table(scheme, flat.device)
-        _quantize[grid](flat, codes, scales, table, numel, blocks, seed or 0, zero, **tile, STOCHASTIC=seed is not None)
+        _quantize[grid](
+            flat, codes, scales, table, numel, blocks, seed or 0, zero, **tile, STOCHASTIC=seed is not None, **OPTIONS
+        )
     return codes, scales
 
 
@@ -140,7 +132,15 @@ def launch_dequantize(quantized: Quantized, scales: torch.Tensor, out: torch.Ten
         tile, grid = _tile(quantized.scheme, scales.numel())
         table, _ = _table(quantized.scheme, out.device)
         _dequantize[grid](
-            quantized.codes, scales, table, out, quantized.numel, scales.numel(), **tile, DTYPE=DTYPES[out.dtype]
+            quantized.codes,
+            scales,
+            table,
+            out,
+            quantized.numel,
+            scales.numel(),
+            **tile,
+            DTYPE=DTYPES[out.dtype],
+            **OPTIONS,
         )
 
 

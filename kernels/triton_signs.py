@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 from lit_zero.kernels.signs import Signs
-from lit_zero.kernels.triton_casts import DTYPES, narrow
+from lit_zero.kernels.triton_blocks import DTYPES, OPTIONS, narrow
 
 _TILE = 4096  # elements that a program works on, at least one block
 
@@ -78,7 +78,7 @@ def launch_pack(values: torch.Tensor, error: torch.Tensor, block: int) -> tuple[
     scales = torch.empty(blocks, dtype=torch.float32, device=values.device)
     if numel:
         tile, grid = _tile(block, blocks)
-        _pack[grid](values, error, bits, scales, numel, blocks, **tile)
+        _pack[grid](values, error, bits, scales, numel, blocks, **tile, **OPTIONS)
     return bits, scales
 
 
@@ -87,7 +87,7 @@ def launch_unpack(signs: Signs, out: torch.Tensor) -> None:
     if signs.numel:
         blocks = signs.scales.numel()
         tile, grid = _tile(signs.block, blocks)
-        _unpack[grid](signs.bits, signs.scales, out, signs.numel, blocks, **tile, DTYPE=DTYPES[out.dtype])
+        _unpack[grid](signs.bits, signs.scales, out, signs.numel, blocks, **tile, DTYPE=DTYPES[out.dtype], **OPTIONS)
 
 
 def _tile(block: int, blocks: int) -> tuple[dict[str, int], tuple[int]]:

@@ -8,8 +8,8 @@ import torch
 import triton
 import triton.language as tl
 from lit_zero.kernels.many import table_of
-from lit_zero.kernels.table import ALIGN, HEAD
-from lit_zero.kernels.triton_casts import DTYPES, narrow, widen
+from lit_zero.kernels.table import HEAD
+from lit_zero.kernels.triton_blocks import DTYPES, OPTIONS, fetch, put
 
 _BLOCK = 4096
 
@@ -24,26 +24,42 @@ def _unscale(
     DTYPE: tl.constexpr,
     SCALES: tl.constexpr,
     FINDS: tl.constexpr,
-    ALIGNED: tl.constexpr,
     WIDTH: tl.constexpr,
     HEAD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    number = tl.program_id(0)
-    row = rows + tl.load(owners + number) * WIDTH
-    at = (number - tl.load(row + 2)) * BLOCK + tl.arange(0, BLOCK)  # int64, as the table is
-    inside = at < tl.load(row)
-    places = tl.load(row + HEAD).to(tl.pointer_type(DTYPE)) + at
-    if ALIGNED:  # what is read from a table says nothing of alignment by itself
-        places = tl.max_contiguous(tl.multiple_of(places, 16), BLOCK)
-    value = widen(tl.load(places, mask=inside, other=0.0))
+    row = rows + tl.load(owners + tl.program_id(0)) * WIDTH
+    begin = (tl.program_id(0) - tl.load(row + 2)) * BLOCK  # int64, as the table is
+    if (tl.load(row + 3) != 0) & (begin + BLOCK <= tl.load(row)):  # [Note: whole blocks]
+        _block(row + HEAD, begin, tl.load(row), scale, found, sums, True, DTYPE, SCALES, FINDS, BLOCK)
+    else:
+        _block(row + HEAD, begin, tl.load(row), scale, found, sums, False, DTYPE, SCALES, FINDS, BLOCK)
+
+
+@triton.jit
+def _block(
+    address,
+    begin,
+    numel,
+    scale,
+    found,
+    sums,
+    WHOLE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    SCALES: tl.constexpr,
+    FINDS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    at = begin + tl.arange(0, BLOCK)
+    base = tl.load(address).to(tl.pointer_type(DTYPE))
+    value = fetch(base, at, at < numel, WHOLE, BLOCK)
     if FINDS:
         worst = tl.max(tl.where(tl.abs(value) < float("inf"), 0, 1), axis=0)
         tl.store(found, 1.0, mask=worst > 0)  # whoever stores, stores the same
     if SCALES:
         value = value * tl.load(scale).to(value.dtype)
-        tl.store(places, narrow(value, DTYPE), mask=inside)
-    tl.store(sums + number, tl.sum(value * value, axis=0))
+        put(base, at, value, at < numel, DTYPE, WHOLE, BLOCK)
+    tl.store(sums + tl.program_id(0), tl.sum(value * value, axis=0))
 
 
 def launch(tensors: Sequence[torch.Tensor], scale: torch.Tensor | None, found_inf: torch.Tensor | None) -> torch.Tensor:
@@ -60,9 +76,9 @@ def launch(tensors: Sequence[torch.Tensor], scale: torch.Tensor | None, found_in
         DTYPE=DTYPES[dtype],
         SCALES=scale is not None,
         FINDS=found_inf is not None,
-        ALIGNED=all(tensor.data_ptr() % ALIGN == 0 for tensor in tensors),
         WIDTH=table.width,
         HEAD=HEAD,
         BLOCK=_BLOCK,
+        **OPTIONS,
     )
     return sums.sum(dtype=torch.float64)

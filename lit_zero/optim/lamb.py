@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from lit_zero.core.errors import UnsupportedError
 from lit_zero.core.shards import WholeParameters
 from lit_zero.kernels.lamb import LambGroup, LambPiece, lamb_apply, lamb_moments
 from lit_zero.optim.settings import check_settings
@@ -66,7 +67,12 @@ class LAMB(WholeParameters, torch.optim.Optimizer):
         return loss
 
     def _piece(self, param: torch.Tensor, settings: LambGroup) -> LambPiece:
+        if not param.is_contiguous():
+            raise UnsupportedError(
+                f"LAMB steps contiguous parameters, but one of shape {tuple(param.shape)} has stride {param.stride()}. "
+                "Make it contiguous (param.data = param.data.contiguous()) before the optimizer is built."
+            )
         state = with_moments(self.state[param], param)
         assert param.grad is not None
-        flat = [each.view(-1) for each in (param, param.grad, state["exp_avg"], state["exp_avg_sq"])]
+        flat = [each.reshape(-1) for each in (param, param.grad, state["exp_avg"], state["exp_avg_sq"])]
         return LambPiece(settings, *flat, step=state["step"], own=self.shards.own(param))

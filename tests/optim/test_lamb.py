@@ -105,6 +105,23 @@ def test_a_closure_a_missing_gradient_and_a_round_trip_of_the_state():
     assert torch.equal(params[0], other.param_groups[0]["params"][0])
 
 
+def test_only_contiguous_parameters_but_any_gradients():
+    value, grad = torch.randn(4, 3), torch.randn(3, 4)
+    one, other = nn.Parameter(value.clone()), nn.Parameter(value.clone())
+    one.grad, other.grad = grad.t(), grad.t().contiguous()
+    for param in (one, other):
+        LAMB([param], lr=0.1).step()
+    assert torch.equal(one, other) and torch.equal(one.grad, grad.t())
+    turned = nn.Parameter(value.t())
+    turned.grad = grad
+    with pytest.raises(UnsupportedError) as caught:
+        LAMB([turned]).step()
+    assert str(caught.value) == (
+        "LAMB steps contiguous parameters, but one of shape (3, 4) has stride (1, 3). Make it contiguous "
+        "(param.data = param.data.contiguous()) before the optimizer is built."
+    )
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ import torch
 from lit_zero import Pipeline
 from lit_zero.core.errors import UnsupportedError
 from lit_zero.optim import LAMB, Muon
+from tests.fabric.harness import Loop
+from tests.fabric.harness import train as in_fabric
+from tests.fabric.harness import train_all as all_in_fabric
 from tests.optim.whole import groups
 from tests.strategy.harness import STAGES, Fit, LitGPT, Outcome, distance, loaders, make_trainer, train, train_all
 
@@ -100,6 +104,24 @@ def test_in_two_pipelines_and_every_stage(ranks: Any, alone: tuple[Path, dict[st
     fits = [piped(name, stage, 4) for name, stage in names]
     for result, (name, _) in zip(ranks(4).run(train_all, fits, tmp_path, timeout=240)[0], names, strict=True):
         equal(result, alone[1][name])
+
+
+def both(model: torch.nn.Module) -> list[torch.optim.Optimizer]:
+    """Matrices by Muon, vectors by LAMB."""
+    params = list(model.parameters())
+    return [
+        Muon([p for p in params if p.ndim >= 2], lr=0.02, ns_dtype="float64"),
+        LAMB([p for p in params if p.ndim < 2], lr=0.02, eps=1e-3),
+    ]
+
+
+def test_two_of_them_in_fabric(ranks: Any) -> None:
+    """Gradients stay after a step there, and optimizers come after the module."""
+    loop = Loop(optimizers=both, apart=True, clip={"max_norm": 0.3})
+    alone = in_fabric(loop)
+    loops = [replace(loop, zero={"zero": stage}, devices=2) for stage in STAGES]
+    for each in ranks(2).run(all_in_fabric, loops)[0]:
+        assert distance(each.weights, alone.weights) < 1e-9
 
 
 def refused(folder: Path) -> str:
