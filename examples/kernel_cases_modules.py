@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ from benchmark_worker import TensorMemory
 from torch import Tensor
 
 from lit_zero.layers import angles, gated, layer_norm, linear_cross_entropy, rms_norm, rotary
+from lit_zero.layers.replacing import Replacement
 
 Run = Callable[[], None]
 
@@ -153,7 +155,37 @@ def rotaries(device: str, dtype: torch.dtype) -> Iterator[Case]:
     yield Case(name, _run(llama, q, cos, sin), _run(rotary, q, cos, sin), 4 * q.nbytes)
 
 
-GROUPS = {"loss": losses, "norms": norms, "feed_forwards": feed_forwards, "rotary": rotaries}
+def models(device: str, dtype: torch.dtype) -> Iterator[Case]:
+    """A Llama of Hugging Face without its head, as it is and with ``layers=fused``."""
+    if importlib.util.find_spec("transformers") is None:
+        return
+    from transformers import LlamaConfig, LlamaModel
+
+    batch, length, dim, layers = (4, 256, 512, 4) if device == "cpu" else (8, 2048, 2048, 8)
+    config = LlamaConfig(
+        vocab_size=1024,
+        hidden_size=dim,
+        intermediate_size=dim * 11 // 4,
+        num_hidden_layers=layers,
+        num_attention_heads=dim // 64,
+        num_key_value_heads=dim // 128,
+        use_cache=False,
+    )
+    tokens = torch.randint(1024, (batch, length), device=device)
+    runs = []
+    for variant in ("plain", "fused"):
+        model = LlamaModel(config).to(device, dtype)
+        Replacement(variant).apply(model, torch.device(device))
+
+        def run(model: Any = model) -> None:
+            model(input_ids=tokens).last_hidden_state.square().mean().backward()
+            model.zero_grad()
+
+        runs.append(run)
+    yield Case(f"Llama, {layers} layers, dim {dim}, {batch} x {length} tokens", *runs, 0)
+
+
+GROUPS = {"loss": losses, "norms": norms, "feed_forwards": feed_forwards, "rotary": rotaries, "models": models}
 
 
 def cases(device: str, dtype: torch.dtype) -> Iterator[Case]:
