@@ -40,8 +40,8 @@ KERNELS: list[tuple[str, str, dict[str, str], dict[str, Any]]] = [
             "gated",
             "_backward",
             {
-                **{name: "*bf16" for name in ("grad", "gate", "up", "grad_gate", "grad_up")},
-                **{name: "i32" for name in ("grad_stride", "gate_stride", "up_stride", "width")},
+                **dict.fromkeys(("grad", "gate", "up", "grad_gate", "grad_up"), "*bf16"),
+                **dict.fromkeys(("grad_stride", "gate_stride", "up_stride", "width"), "i32"),
             },
             {"KIND": kind, "BLOCK": 1024},
         )
