@@ -56,3 +56,10 @@ def device(request: pytest.FixtureRequest) -> torch.device:
         request.getfixturevalue("interpreted")
         return torch.device("cpu")
     return torch.device("cuda", 0)
+
+
+def pytest_sessionfinish() -> None:
+    """Give the interpreted modules names of their own for the end: Python takes apart what is in ``sys.modules``, and
+    for what is elsewhere nanobind tells of leaks.
+    """
+    sys.modules.update({f"interpreted {name}": module for name, module in _INTERPRETED.items()})
