@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lit_zero.kernels.rows import rows_of, runs_on_rows, wide
+from lit_zero.kernels.rows import rows_of, runs_on_rows
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -22,14 +22,12 @@ def activated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """Return ``activation(gate) * up``.
 
     Args:
-        gate: any shape; computed in float32, float64 in itself, and rounded once.
+        gate: any shape; the activation is rounded to its dtype, and so is the product.
         up: of the same shape.
         activation: ``silu``, ``gelu``, or ``gelu_tanh`` (its approximation by tanh).
     """
-    to = wide(gate.dtype)
-    g = gate.to(to)
-    value = F.silu(g) if activation == "silu" else F.gelu(g, approximate=_approximation(activation))
-    return value.mul_(up).to(gate.dtype)
+    value = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate=_approximation(activation))
+    return value.mul_(up)
 
 
 def activated_backward(grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
@@ -41,16 +39,11 @@ def activated_backward(grad: Tensor, gate: Tensor, up: Tensor, activation: str) 
         up: as given to the forward.
         activation: as given to the forward.
     """
-    to = wide(gate.dtype)
-    g, gate_wide = grad.to(to), gate.to(to)
     if activation == "silu":
-        grad_gate = torch.ops.aten.silu_backward(g * up, gate_wide)
-        value = F.silu(gate_wide)
-    else:
-        approximate = _approximation(activation)
-        grad_gate = torch.ops.aten.gelu_backward(g * up, gate_wide, approximate=approximate)
-        value = F.gelu(gate_wide, approximate=approximate)
-    return grad_gate.to(gate.dtype), value.mul_(g).to(up.dtype)
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+    approximate = _approximation(activation)
+    grad_gate = torch.ops.aten.gelu_backward(grad * up, gate, approximate=approximate)
+    return grad_gate, F.gelu(gate, approximate=approximate).mul_(grad)
 
 
 def _approximation(activation: str) -> str:

@@ -27,9 +27,9 @@ from lit_zero.kernels.rows import wide
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_LOGITS = {"cpu": 1 << 21}  # elements of a chunk of logits, by kind of device
+_LOGITS = {"cpu": 1 << 22}  # elements of a chunk of logits, by kind of device
 _LOGITS_ELSEWHERE = 1 << 26
-_FEWEST_ROWS = 64  # of a chunk: below, a matrix product reads the weight too often
+_FEWEST_ROWS = 256  # of a chunk: below, matrix products read and write what has the weight's size too often
 _WEIGHT_ROWS = 4096  # of the weight's gradient that are computed at a time, where they cannot be added in place
 
 
@@ -52,6 +52,7 @@ class _Wanted(NamedTuple):
     bias: Tensor | None  # [vocabulary], wide
 
 
+@torch.compiler.disable(reason="lit_zero computes a loss in chunks that take turns in one memory")
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -149,9 +150,10 @@ class _Unreduced(torch.autograd.Function):
 
 def _empty(hidden: Tensor, weight: Tensor, wanted: tuple[bool, bool, bool], settings: Settings) -> _Wanted:
     to = wide(settings.dtype)
+    make = torch.empty if hidden.numel() else torch.zeros  # the first chunk writes it
     return _Wanted(
         torch.empty_like(hidden, dtype=settings.dtype, memory_format=torch.contiguous_format) if wanted[0] else None,
-        torch.zeros(weight.shape, dtype=to, device=weight.device) if wanted[1] else None,
+        make(weight.shape, dtype=to, device=weight.device) if wanted[1] else None,
         torch.zeros(weight.shape[0], dtype=to, device=weight.device) if wanted[2] else None,
     )
 
@@ -197,19 +199,21 @@ def _chunks(
             if sums.hidden is not None:
                 torch.mm(here, weight, out=sums.hidden[part])
             if sums.weight is not None:
-                _add_product(sums.weight, here, x)
+                _add_product(sums.weight, here, x, first=start == 0)
             if sums.bias is not None:
                 sums.bias.add_(here.sum(0, dtype=sums.bias.dtype))
     return losses
 
 
-def _add_product(total: Tensor, grad: Tensor, x: Tensor) -> None:
-    """Add ``grad.t() @ x`` to ``total``; in pieces where the product comes in another dtype than the sum."""
+def _add_product(total: Tensor, grad: Tensor, x: Tensor, first: bool) -> None:
+    """Add ``grad.t() @ x`` to ``total``, or write the first one to it; in pieces where the product comes in another
+    dtype than the sum.
+    """
     if total.dtype == x.dtype:
-        total.addmm_(grad.t(), x)
+        total.addmm_(grad.t(), x, beta=0 if first else 1)
         return
     for piece, columns in zip(total.split(_WEIGHT_ROWS), grad.split(_WEIGHT_ROWS, dim=1), strict=True):
-        piece.add_(columns.t() @ x)
+        (piece.copy_ if first else piece.add_)(columns.t() @ x)
 
 
 def _rows(vocabulary: int, device: torch.device) -> int:

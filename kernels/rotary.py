@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lit_zero.kernels.rows import runs_on_rows, wide
+from lit_zero.kernels.rows import runs_on_rows
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -17,19 +17,18 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, dtype: torch
     """Return ``x`` turned.
 
     Args:
-        x: [..., dim]; computed in float32, float64 in itself, and rounded once.
+        x: [..., dim].
         cos: broadcast to the shape of ``x``.
         sin: broadcast to the shape of ``x``.
         interleaved: whether pairs are neighbours, or the elements i and i + dim / 2.
-        dtype: of the result.
+        dtype: of the result, and of what is between.
     """
-    to = wide(x.dtype)
-    (x1, x2), (c1, c2), (s1, s2) = (_halves(t.to(to), interleaved) for t in (x, cos, sin))
-    y = torch.empty_like(x, dtype=to)
+    (x1, x2), (c1, c2), (s1, s2) = (_halves(t, interleaved) for t in (x, cos, sin))
+    y = torch.empty_like(x, dtype=dtype)
     y1, y2 = _halves(y, interleaved)
     torch.mul(x1, c1, out=y1).addcmul_(x2, s1, value=-1)
     torch.mul(x2, c2, out=y2).addcmul_(x1, s2)
-    return y.to(dtype)
+    return y
 
 
 def rotated_backward(grad: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, dtype: torch.dtype) -> Tensor:
@@ -42,9 +41,8 @@ def rotated_backward(grad: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, 
         interleaved: as given to the forward.
         dtype: of ``x``.
     """
-    to = wide(dtype)
-    (g1, g2), (c1, c2), (s1, s2) = (_halves(t.to(to), interleaved) for t in (grad, cos, sin))
-    x = torch.empty_like(grad, dtype=to)
+    (g1, g2), (c1, c2), (s1, s2) = (_halves(t, interleaved) for t in (grad, cos, sin))
+    x = torch.empty_like(grad)
     x1, x2 = _halves(x, interleaved)
     torch.mul(g1, c1, out=x1).addcmul_(g2, s2)
     torch.mul(g2, c2, out=x2).addcmul_(g1, s1, value=-1)

@@ -53,6 +53,16 @@ def test_gated_layers(layer, activation) -> None:  # type: ignore[no-untyped-def
     assert {name.split(".")[0] for name in layer.state_dict()} == {"gate_proj", "up_proj", "down_proj"}
 
 
+@pytest.mark.thorough
+def test_compiled() -> None:
+    """Norms and gated layers without a break in the graph; the loss runs as it is."""
+    x, targets = torch.randn(5, 8), torch.tensor([1, 2, 0, 3, 8])
+    for layer in (LayerNorm(8), RMSNorm(8), SwiGLU(8, 12)):
+        torch.testing.assert_close(torch.compile(layer, backend="eager", fullgraph=True)(x), layer(x))
+    head = LinearCrossEntropy(8, 9)
+    torch.testing.assert_close(torch.compile(head, backend="eager")(x, targets), head(x, targets))
+
+
 def test_an_unknown_activation() -> None:
     with pytest.raises(ConfigError, match="activation='relu' is not known.*Choose one of: silu, gelu, gelu_tanh"):
         SwiGLU(4, 6, activation="relu")
