@@ -61,7 +61,7 @@ def to_int8(
 
     Args:
         values: fp32, shape ``[blocks * 256]``.
-        codes: uint8, same shape; receives the codes.
+        codes: int8, same shape; receives the codes, less 128 without sign.
         scales: fp32, shape ``[blocks]``; receives the largest magnitude of each block.
         signed: with sign; else ``values`` are not negative.
         draw: round at random; ``None``: to nearest.
@@ -91,9 +91,9 @@ def to_int8_reference(
     else:
         code.add_(random_bits(values.numel(), *draw, values.device).view_as(code), alpha=2.0**-16).floor_()
     if signed:
-        code.copysign_(blocks).add_(127.0)
+        code.copysign_(blocks)
     else:
-        torch.maximum(code, blocks.sign(), out=code)
+        torch.maximum(code, blocks.sign(), out=code).sub_(128.0)
     codes.view_as(code).copy_(code)
 
 
@@ -109,7 +109,7 @@ def from_int8(codes: torch.Tensor, scales: torch.Tensor, signed: bool, out: torc
 
 def from_int8_reference(codes: torch.Tensor, scales: torch.Tensor, signed: bool, out: torch.Tensor) -> torch.Tensor:
     """Do what :func:`from_int8` does, in plain torch."""
-    torch.index_select(table(signed, codes.device), 0, codes.to(torch.int32), out=out)
+    torch.index_select(table(signed, codes.device), 0, codes.view(torch.uint8).to(torch.int32), out=out)
     out.view(-1, BLOCK).mul_(scales.view(-1, 1))
     return out
 
@@ -127,14 +127,16 @@ def lines(signed: bool) -> list[tuple[float, float]]:
 
 @functools.cache
 def table(signed: bool, device: torch.device) -> torch.Tensor:
-    """Return what each code stands for, fp32, shape ``[256]``; with sign, 127 is zero."""
+    """Return what each code stands for, fp32, shape ``[256]``, by its byte read without sign."""
     bits = 6 if signed else 7
     values = [0.0, 10.0**-bits]
     for decade in reversed(range(bits)):
         count = 1 << (bits - decade)
         values += [10.0**-decade * (1 - 0.9 * (count - number) / count) for number in range(1, count + 1)]
     if signed:
-        values = [*(-value for value in reversed(values[1:])), *values, 1.0]  # the last code is not used
+        values += [-1.0, *(-value for value in reversed(values[1:]))]  # the lowest code is not used
+    else:
+        values = values[128:] + values[:128]
     return torch.tensor(values, dtype=torch.float32, device=device)
 
 

@@ -80,9 +80,10 @@ def _to_int8(  # type: ignore[no-untyped-def]
     else:
         code = tl.floor(code + 0.5)
     if SIGNED:
-        tl.store(codes + index, (tl.where(found < 0, -code, code) + 127.0).to(tl.uint8), mask=here)
+        tl.store(codes + index, tl.where(found < 0, -code, code).to(tl.int8), mask=here)
     else:
-        tl.store(codes + index, tl.maximum(code, tl.where(found > 0, 1.0, 0.0)).to(tl.uint8), mask=here)
+        code = tl.maximum(code, tl.where(found > 0, 1.0, 0.0)) - 128.0
+        tl.store(codes + index, code.to(tl.int8), mask=here)
     tl.store(scales + row, scale, mask=row < blocks)
 
 
@@ -91,7 +92,7 @@ def _from_int8(codes, scales, values, out, numel, BLOCK: tl.constexpr):  # type:
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     code = tl.load(codes + index, mask=index < numel, other=0).to(tl.int32)
     scale = tl.load(scales + index // 256, mask=index < numel, other=0.0)
-    tl.store(out + index, tl.load(values + code) * scale, mask=index < numel)
+    tl.store(out + index, tl.load(values + (code & 255)) * scale, mask=index < numel)
 
 
 def _seed(draw: Draw) -> tuple[Any, bool]:

@@ -142,7 +142,7 @@ class Quantized(Encoded):
     """A moment in one byte an element, and a scale for each block of 256.
 
     Args:
-        codes: uint8, shape ``[blocks * 256]``.
+        codes: int8, shape ``[blocks * 256]``.
         scales: fp32, shape ``[blocks]``.
         signed: with sign; else without, and rounded at random where a step writes it.
         first: where it begins in the first block.
@@ -157,7 +157,7 @@ class Quantized(Encoded):
     def zeros(cls, numel: int, device: torch.device, signed: bool) -> Quantized:
         """Return an array of zeros."""
         blocks = -(-numel // BLOCK)
-        codes = torch.full((blocks * BLOCK,), 127 if signed else 0, dtype=torch.uint8, device=device)
+        codes = torch.full((blocks * BLOCK,), 0 if signed else -128, dtype=torch.int8, device=device)
         return cls(codes, torch.zeros(blocks, device=device), signed, 0, numel)
 
     @property

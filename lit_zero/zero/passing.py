@@ -46,7 +46,9 @@ class Passing:
 
     def _landed(self, lane: Lane) -> None:
         """Step a lane whose gradients are reduced, if it is certain that all of it is to be stepped."""
-        if self._passing and all(lane.seen):
+        if lane.optimizer < 0:
+            lane.drop_gradients()  # nobody steps with them
+        elif self._passing and all(lane.seen):
             self.bindings[lane.optimizer].step_lane(lane)
             self._passed.add(lane)
         else:
@@ -62,6 +64,5 @@ class Passing:
             raise LitZeroError(
                 "With precision.step='backward' there are no gradients to take a norm of, or to clip: each was stepped "
                 "with and dropped inside the backward. Set precision.step='after' (with "
-                "precision.gradient_dtype='compute' gradients take 2 bytes). Or run two backwards: one whose gradients "
-                "are only measured, in a run of its own, and then that of the loss times the factor of the clipping."
+                "precision.gradient_dtype='compute' gradients take 2 bytes)."
             )

@@ -75,7 +75,7 @@ STAGES = "Choose one of: none, stage1, stage2, stage3."
         ),
         (
             ["trainer.precision=bf16-mixed"],
-            "trainer.precision=bf16-mixed does not fit the settings of the precision group (none)",
+            "trainer.precision=bf16-mixed does not fit the settings of the precision group (moments, step)",
         ),
         (
             ["precision=16-mixed"],

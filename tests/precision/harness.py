@@ -144,6 +144,7 @@ def trained(job: Job) -> Found:
     """Train; call it on every rank."""
     model, optimizer, engine = build(job)
     access, names = Access(engine), [info.name for info in engine.infos]
+    stepped = [info.name for info in engine.infos if info.optimizer >= 0]
 
     def count() -> None:
         ties.append(sum(half_way(access.parameter(name)) for name in names) if job.mixed else 0)
@@ -154,7 +155,7 @@ def trained(job: Job) -> Found:
     keys = sorted({key for state in optimizer.state.values() for key, value in state.items() if value.dim()})
     states = {
         name: {key: access.state(name, key) for key in keys}
-        for name in names
+        for name in stepped
         if keys and not (job.still and name.startswith(job.still))
     }
     weights = {name: access.parameter(name) for name in names}

@@ -152,6 +152,19 @@ def test_unused_frozen_and_tied_parameters(ranks: Any, small: dict[str, str]) ->
                 assert torch.equal(value, start[name]) == name.startswith(STILL), name
 
 
+def without_norms(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([param for param in model.parameters() if param.ndim >= 2], lr=1e-2)
+
+
+def test_parameters_that_no_optimizer_holds() -> None:
+    job = with_run(Job(), optimizer=without_norms, steps=3)
+    after, early = (trained(replace(job, small={"step": step})) for step in ("after", "backward"))
+    assert same(early, after)
+    assert early.sizes["gradient"] == 0
+    torch.manual_seed(0)
+    assert torch.equal(early.weights["norm.weight"], job.run.model().norm.weight)  # type: ignore[arg-type]
+
+
 def test_what_needs_all_gradients_is_refused() -> None:
     job = Job(small={"step": "backward"})
     with pytest.raises(LitZeroError, match="no gradients to take a norm of, or to clip.*precision.step='after'"):
