@@ -124,8 +124,9 @@ class Flat(torch.optim.Optimizer):
         self.has_copied = False
         for group in self.param_groups:
             if "fused" in self.defaults:  # the groups of a checkpoint may have been of another mind
-                group["fused"] = all(map(_is_torchs_own, group["params"]))
-        if held and (all(map(_walkable, held)) or any(self._needs_walk(group) for group, _ in held)):
+                group["fused"] = not self._needs_walk(group) and all(map(_is_torchs_own, group["params"]))
+        own = any(self._needs_walk(group) for group, _ in held) and all(_is_flat(param) for _, param in held)
+        if held and (own or all(_is_kernels(param) for _, param in held)):
             self._walk(held)
         else:
             self._leave_to_torch(held)
@@ -145,16 +146,19 @@ class Flat(torch.optim.Optimizer):
         if found_inf is not None and (found_inf.device.type == "cpu" or not fused) and bool(found_inf):
             return
         for group, param in held:
-            self._prepare(group, param)
+            if not self._needs_walk(group):  # else how a step begins is torch's affair
+                self._prepare(group, param)
         if fused or grad_scale is None:
             self._plain_step(None)
             return
         for _, param in held:
             assert param.grad is not None
             param.grad.div_(grad_scale.to(param.device))
-        vars(self).update(found_inf=None, grad_scale=None)
-        self._plain_step(None)
-        vars(self).update(found_inf=found_inf, grad_scale=grad_scale)
+        vars(self).update(found_inf=None, grad_scale=None)  # which torch's other ways do not know
+        try:
+            self._plain_step(None)
+        finally:
+            vars(self).update(found_inf=found_inf, grad_scale=grad_scale)
 
     def _plain_step(self, closure: Callable[[], Any] | None) -> Any:
         """Step as torch's class does."""
@@ -168,9 +172,9 @@ class Flat(torch.optim.Optimizer):
         numbers: dict[Any, int] = {}
         segments: dict[torch.device, list[Segment]] = {}
         for group, param in held:
-            if self._needs_walk(group) and self._begins(group, param) and found_inf is not None and bool(found_inf):
-                return
             begins = self._begins(group, param)
+            if begins and self._needs_walk(group) and found_inf is not None and bool(found_inf):
+                return  # skipped, it must not leave states behind that make the next step a later one
             self._prepare(group, param)
             number = numbers.setdefault(self._numbers(group, begins), len(numbers))
             segments.setdefault(param.device, []).append(self._segment(number, group, param))
@@ -251,13 +255,16 @@ def refuse_other_ways(name: str, settings: dict[str, Any]) -> None:
             )
 
 
-def _walkable(held: tuple[dict[str, Any], nn.Parameter]) -> bool:
+def _is_flat(param: nn.Parameter) -> bool:
+    """Return whether a parameter and its gradient can be walked through as flat memory."""
+    return param.grad is not None and param.grad.layout == torch.strided and is_dense(param)
+
+
+def _is_kernels(param: nn.Parameter) -> bool:
     """Return whether a kernel of ours steps a parameter."""
-    _, param = held
     grad = param.grad
-    assert grad is not None
-    known = param.dtype in STEPPED and grad.dtype in STEPPED and grad.layout == torch.strided
-    return known and runs_kernel(param) and is_dense(param)
+    known = grad is not None and param.dtype in STEPPED and grad.dtype in STEPPED
+    return known and runs_kernel(param) and _is_flat(param)
 
 
 def _is_torchs_own(param: torch.Tensor) -> bool:
@@ -286,6 +293,8 @@ def is_dense(tensor: torch.Tensor) -> bool:
 
 def same_order(tensor: torch.Tensor, param: torch.Tensor) -> bool:
     """Return whether the elements of two tensors of one shape lie in the same order."""
+    if tensor.layout != torch.strided:
+        return True  # it has none
     return (tensor.is_contiguous() and param.is_contiguous()) or tensor.stride() == param.stride()
 
 
@@ -300,8 +309,10 @@ def _flattened(tensor: torch.Tensor) -> torch.Tensor:
     """Return the elements of a dense tensor as they lie in memory.
 
     Raises:
-        UnsupportedError: if there are others between them.
+        UnsupportedError: if there are others between them, or none.
     """
+    if tensor.layout != torch.strided:
+        raise UnsupportedError("A gradient is sparse, and this optimizer steps flat memory. Use sparse=False.")
     if tensor.is_contiguous():
         return tensor.view(-1)
     if not is_dense(tensor):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from functools import partial
 from typing import Any
 
 import pytest
@@ -191,6 +192,8 @@ def test_memory_with_gaps_is_left_to_torch_where_it_can():
         return param.detach()
 
     assert torch.allclose(stepped(optim.AdamW), stepped(torch.optim.AdamW))
+    dampened = {"momentum": 0.9, "dampening": 0.5}
+    assert torch.allclose(stepped(partial(optim.SGD, **dampened)), stepped(partial(torch.optim.SGD, **dampened)))
     with pytest.raises(UnsupportedError, match=r"shape \(4, 3\) and stride \(6, 1\) has gaps in its memory"):
         stepped(optim.Lion)
 
@@ -211,6 +214,10 @@ def test_sparse_gradients_are_left_to_torch(scale):
         return module.weight.detach()
 
     assert torch.equal(trained(optim.SGD), trained(torch.optim.SGD))
+    dampened = partial(optim.SGD, dampening=0.5), partial(torch.optim.SGD, dampening=0.5)
+    assert torch.equal(*map(trained, dampened))
+    with pytest.raises(UnsupportedError, match="A gradient is sparse, and this optimizer steps flat memory"):
+        trained(lambda params, lr, momentum: optim.Lion(params, lr=lr))
 
 
 def test_parameters_added_later_begin_anew(interpreted):
