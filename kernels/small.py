@@ -14,7 +14,6 @@ import torch
 from lit_zero.kernels.table import Tables
 
 PLAIN, SPLIT, ROUNDED, DITHERED, SIGNED, UNSIGNED = range(6)  # forms, as the kernel knows them
-BYTES = {SIGNED: torch.uint8, UNSIGNED: torch.uint8, ROUNDED: torch.bfloat16, DITHERED: torch.bfloat16}
 
 
 @dataclass(frozen=True)

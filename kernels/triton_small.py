@@ -171,10 +171,10 @@ def _store(address, found, index, block, here, numel, seed, FORM: tl.constexpr):
         code = code_of(tl.abs(found) / scale[:, None], FORM == 4)
         if FORM == 4:
             code = tl.floor(code + 0.5)
-            code = tl.where(found < 0, -code, code) + 127.0
+            code = tl.where(found < 0, -code, code)
         else:
             code = tl.floor(code + random_16(seed, index).to(tl.float32) * 0.0000152587890625)
-            code = tl.maximum(code, tl.where(found > 0, 1.0, 0.0))
+            code = tl.maximum(code, tl.where(found > 0, 1.0, 0.0)) - 128.0
         within = (block * _BLOCK < numel)[:, None] & (index >= 0)  # the last block is written to its end
-        tl.store(values.to(tl.pointer_type(tl.uint8)) + index, code.to(tl.uint8), mask=within)
+        tl.store(values.to(tl.pointer_type(tl.int8)) + index, code.to(tl.int8), mask=within)
         tl.store(partner.to(tl.pointer_type(tl.float32)) + block, scale, mask=block * _BLOCK < numel)

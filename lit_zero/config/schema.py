@@ -222,19 +222,33 @@ class OptimizerSchema(Factory):
     _convert_: str = MISSING
     lr: float = MISSING
     weight_decay: float = MISSING
+
+
+@dataclass
+class FusedSchema(OptimizerSchema):
+    """What an optimizer has that steps by fused kernels or not."""
+
     fused: str = MISSING
 
 
 @dataclass
-class AdamSchema(OptimizerSchema):
-    """``optimizer=adamw``, ``adam`` and ``lamb``."""
+class AdamSchema(FusedSchema):
+    """``optimizer=adamw`` and ``adam``."""
 
     betas: list[float] = MISSING
     eps: float = MISSING
 
 
 @dataclass
-class MuonSchema(AdamSchema):
+class LambSchema(OptimizerSchema):
+    """``optimizer=lamb``."""
+
+    betas: list[float] = MISSING
+    eps: float = MISSING
+
+
+@dataclass
+class MuonSchema(LambSchema):
     """``optimizer=muon``."""
 
     momentum: float = MISSING
@@ -245,7 +259,7 @@ class MuonSchema(AdamSchema):
 
 
 @dataclass
-class SGDSchema(OptimizerSchema):
+class SGDSchema(FusedSchema):
     """``optimizer=sgd``."""
 
     momentum: float = MISSING
@@ -253,14 +267,14 @@ class SGDSchema(OptimizerSchema):
 
 
 @dataclass
-class LionSchema(OptimizerSchema):
+class LionSchema(FusedSchema):
     """``optimizer=lion``."""
 
     betas: list[float] = MISSING
 
 
 @dataclass
-class AdagradSchema(OptimizerSchema):
+class AdagradSchema(FusedSchema):
     """``optimizer=adagrad``."""
 
     lr_decay: float = MISSING
@@ -360,6 +374,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "sgd": SGDSchema,
         "lion": LionSchema,
         "adagrad": AdagradSchema,
+        "lamb": LambSchema,
         "muon": MuonSchema,
     },
     "scheduler": {"cosine": CosineSchema, "constant": ConstantSchema},

@@ -7,6 +7,7 @@ while a test wants them.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import sys
@@ -30,23 +31,32 @@ def _taken_out() -> dict[str, ModuleType]:
     return {name: sys.modules.pop(name) for name in names}
 
 
-@pytest.fixture
-def interpreted() -> Iterator[torch.device]:
-    """Let kernels run under the interpreter; give the device that they work on."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("no triton on this platform")
+@contextlib.contextmanager
+def interpreting() -> Iterator[torch.device]:
+    """Inside, kernels run under the interpreter; give the device that they work on."""
     before, said = _taken_out(), os.environ.get("TRITON_INTERPRET")
     sys.modules.update(_INTERPRETED)
     os.environ["TRITON_INTERPRET"] = "1"
     try:
         yield torch.device("cpu")
     finally:
-        if said is None:
-            del os.environ["TRITON_INTERPRET"]
-        else:
+        os.environ.pop("TRITON_INTERPRET", None)
+        if said is not None:
             os.environ["TRITON_INTERPRET"] = said
         _INTERPRETED.update(_taken_out())
         sys.modules.update(before)
+        # Names of their own for the end: Python takes apart what is in ``sys.modules``, and for what is elsewhere
+        # nanobind tells of leaks.
+        sys.modules.update({f"interpreted {name}": module for name, module in _INTERPRETED.items()})
+
+
+@pytest.fixture
+def interpreted() -> Iterator[torch.device]:
+    """Let kernels run under the interpreter."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("no triton on this platform")
+    with interpreting() as device:
+        yield device
 
 
 @pytest.fixture
@@ -62,10 +72,3 @@ def device(request: pytest.FixtureRequest) -> torch.device:
         interpreted: torch.device = request.getfixturevalue("interpreted")
         return interpreted
     return torch.device("cuda", 0)
-
-
-def pytest_sessionfinish() -> None:
-    """Give the interpreted modules names of their own for the end: Python takes apart what is in ``sys.modules``, and
-    for what is elsewhere nanobind tells of leaks.
-    """
-    sys.modules.update({f"interpreted {name}": module for name, module in _INTERPRETED.items()})

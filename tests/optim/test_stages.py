@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import sys
+import contextlib
+import importlib
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import lightning.pytorch as pl
 import pytest
@@ -26,7 +25,7 @@ from lit_zero.zero import Zero
 from lit_zero.zero.engine import Engine
 from lit_zero.zero.lane import Lane
 from lit_zero.zero.probe import require_elementwise
-from tests.kernels.conftest import modules
+from tests.kernels.conftest import interpreting
 from tests.optim.beside import PlainLion, groups
 from tests.strategy.harness import STAGES, Fit, LitGPT, distance, same_bits, train, train_all
 from tests.strategy.test_precision import ADAMW, half, scales
@@ -66,10 +65,7 @@ def in_stages(
 ) -> dict[tuple[str, str], Outcome]:
     """Train with each class in each stage, and by torch's kernels with offload; on a rank of the pool."""
     found = {}
-    with mock.patch.dict(os.environ), mock.patch.dict(sys.modules):
-        if kernels:
-            os.environ["TRITON_INTERPRET"] = "1"
-            sys.modules.update(modules(True))
+    with interpreting() if kernels else contextlib.nullcontext():
         for name in names:
             run = run_of(name, optim, steps=steps, dtype=dtype)
             for stage in stages:
@@ -106,7 +102,7 @@ def test_equals_torchs_class_in_one_process(ranks, kernels, names, stages):
 def test_the_kernel_writes_the_copy_that_is_gathered_next(interpreted, monkeypatch):
     published: list[Lane] = []
     launches: list[int] = []
-    inner, walk = Lane.publish, sys.modules["lit_zero.kernels.triton_walk"]
+    inner, walk = Lane.publish, importlib.import_module("lit_zero.kernels.triton_walk")
     launch = walk.launch
     monkeypatch.setattr(walk, "launch", lambda *args: (launches.append(1), launch(*args)))
     monkeypatch.setattr(Lane, "publish", lambda lane: (published.append(lane), inner(lane))[1])
