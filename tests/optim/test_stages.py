@@ -116,7 +116,7 @@ def test_the_kernel_writes_the_copy_that_is_gathered_next(interpreted, monkeypat
             monkeypatch.delenv("TRITON_INTERPRET")
         torch.manual_seed(0)
         model = GPT(layers=1)
-        optimizer = make(model, "AdamW")
+        optimizer = optim.AdamW(groups(model), lr=1e-2, eps=1e-3)
         exchange = open_exchange(Comm(), torch.device("cpu"))
         lowering = Lowering(Precision(), torch.bfloat16)  # some lanes have a copy, others none
         engine = Engine(model, [optimizer], zero=Zero("none"), exchange=exchange, lowering=lowering)
