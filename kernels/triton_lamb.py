@@ -165,7 +165,7 @@ def launch_moments(pieces: Sequence[LambPiece]) -> torch.Tensor:
         _moments[(len(table.owners),)](
             table.rows, table.owners, _uploaded(numbers, device), sums, **_formats(pieces), **_sizes(table)
         )
-        _add_up[(len(rows),)](table.rows, sums, totals, WIDTH=table.width, BLOCK=_BLOCK, SUMS=_SUMS)
+        _add_up[(len(rows),)](table.rows, sums, totals, WIDTH=table.width, BLOCK=_BLOCK, SUMS=_SUMS, **OPTIONS)
     return totals[: len(pieces)]
 
 

@@ -13,7 +13,7 @@ class Ownership:
     """Tensors that are divided over ranks, and the one rank that each is brought to.
 
     Attributes:
-        ranges: for every tensor the part that each rank holds; together they tile it.
+        ranges: for every tensor the part that each rank holds; together they tile it, or each is all of it.
         owners: for every tensor its rank.
     """
 

@@ -27,7 +27,8 @@ class Muon(WholeParameters, torch.optim.Optimizer):
 
     Moments are divided as the parameters are. Where a matrix is, its momentum goes to one of the ranks that hold some
     of it, is orthogonalised there, and the update goes back: two rounds of messages a step, for the matrices that a
-    boundary between ranks cuts. Where every rank holds all of the optimizer's state, every rank orthogonalises all.
+    boundary between ranks cuts. Where every rank holds all of the optimizer's state, each does its share of the
+    matrices and sends the updates to the others.
 
     Parameters of two and more dimensions are hidden matrices (all but the first are taken together, as in a
     convolution), unless their group says otherwise. Embeddings and the output layer should: put them into a group with

@@ -1,7 +1,8 @@
 """What an optimizer that looks at whole parameters is told of the segments that it holds in their place.
 
 A step of such an optimizer takes a sum of a small tensor (LAMB), or two rounds of messages (Muon): parts of matrices to
-the ranks that own them, and parts of the results back. All of it goes over the ranks that divide the parameters, so
+the ranks that own them, and parts of the results back. Where every rank holds all, only the results travel, and the
+work is shared out all the same. All of it goes over the ranks that divide the parameters, so
 each position of a pipeline does it for what it holds.
 """
 
@@ -43,9 +44,11 @@ class SegmentShards(Shards):
         return self._exchange.sum_in_rank_order(values)
 
     def collect(self, params: Sequence[torch.Tensor], parts: Sequence[torch.Tensor]) -> dict[int, torch.Tensor]:
-        if self._whole(params):
+        if not params or self._exchange.size == 1:
             return super().collect(params, parts)
         plan, rank, ranks = self._plan(params), self._exchange.rank, range(self._exchange.size)
+        if self._whole(params[0]):
+            return {number: parts[number].view(self.shape(params[number])) for number in plan.owned(rank)}
         outgoing = [[parts[number].view(-1) for number in plan.given(rank, to)] for to in ranks]
         lengths = [[plan.length(number, source) for number in plan.given(source, rank)] for source in ranks]
         incoming = self._swap(outgoing, lengths, parts[0].dtype, parts[0].device)
@@ -65,7 +68,7 @@ class SegmentShards(Shards):
     def spread(
         self, params: Sequence[torch.Tensor], wholes: Mapping[int, torch.Tensor], dtype: torch.dtype
     ) -> list[torch.Tensor]:
-        if self._whole(params):
+        if not params or self._exchange.size == 1:
             return super().spread(params, wholes, dtype)
         plan, rank, ranks = self._plan(params), self._exchange.rank, range(self._exchange.size)
         outgoing = [[wholes[number].view(-1)[plan.cut(number, to)] for number in plan.given(to, rank)] for to in ranks]
@@ -90,15 +93,22 @@ class SegmentShards(Shards):
         self._exchange.all_to_all(Swap(sent, received)).wait()
         return [whole.split(list(each)) for whole, each in zip(received, lengths, strict=True)]
 
-    def _whole(self, params: Sequence[torch.Tensor]) -> bool:
-        return not params or self._segment(params[0]).lane.row.optimizer is Placement.REPLICATE
+    def _whole(self, param: torch.Tensor) -> bool:
+        """Return whether every rank holds all of a parameter; then so it is with the others."""
+        return self._segment(param).lane.row.optimizer is Placement.REPLICATE
 
     def _plan(self, params: Sequence[torch.Tensor]) -> Ownership:
         """Return who owns which of ``params``; the same as last time if they are the same."""
         segments = [self._segment(param) for param in params]
         if self._last is None or self._last[0] != segments:
-            self._last = segments, Ownership.of([s.lane.layout.ranges(_entry(s)) for s in segments])
+            self._last = segments, Ownership.of([self._ranges(segment) for segment in segments])
         return self._last[1]
+
+    def _ranges(self, segment: Segment) -> list[tuple[int, int]]:
+        entry = _entry(segment)
+        if self._whole(segment.param):
+            return [(0, entry.numel)] * self._exchange.size
+        return segment.lane.layout.ranges(entry)
 
     def _segment(self, param: torch.Tensor) -> Segment:
         if param not in self._found:
