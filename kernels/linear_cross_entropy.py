@@ -226,8 +226,9 @@ def _scaled_(sum_: Tensor, factor: Tensor) -> Tensor:
 
 
 def _graph_is_kept() -> bool:
-    """Return whether the backward that is running leaves the graph for another one."""
-    return torch._C._autograd._get_current_graph_task_keep_graph()
+    """Return whether the backward that is running leaves the graph for another one; in doubt, it does."""
+    asked = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)  # private
+    return asked is None or asked()
 
 
 def _check(

@@ -1,8 +1,8 @@
 """Which modules are known, and what computes the same.
 
 torch's own norms are known by their code. Of other people's models only the shape is known: a class name, attributes,
-the names of children. So each class that looks right is tried: its own forward runs once on a stand-in, a few random
-numbers on the CPU, and only where the fused one gives the same is the class replaced. A class that merely has a known
+the names of children. So each module that looks right is tried: its own forward runs once on a stand-in, a few random
+numbers on the CPU, and only where the fused one gives the same is the module replaced. A class that merely has a known
 name, or whose next version does something more, is left alone.
 """
 
@@ -39,12 +39,11 @@ LOOKED_FOR = {
 }
 
 
-def fused_forward(module: nn.Module, proven: dict[Any, Any]) -> tuple[str, Forward] | None:
+def fused_forward(module: nn.Module) -> tuple[str, Forward] | None:
     """Return the kind of a module and a forward ``(module, ...)`` that computes the same, or None if it is not known.
 
     Args:
         module: any module; its parameters may have no memory.
-        proven: what has been found about classes so far.
     """
     own = type(module).forward
     if own is nn.LayerNorm.forward:
@@ -52,13 +51,11 @@ def fused_forward(module: nn.Module, proven: dict[Any, Any]) -> tuple[str, Forwa
     if own is nn.RMSNorm.forward:
         return "norms", _rms_norm
     for kind, looks, prove in _FOREIGN:
-        if looks(module):
-            key = (kind, type(module), own)
-            if key not in proven:
-                with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.device("cpu"):
-                    torch.manual_seed(0)
-                    proven[key] = prove(module)
-            return None if proven[key] is None else (kind, proven[key])
+        if looks(module):  # each instance is tried: its settings may make it differ from others of its class
+            with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.device("cpu"):
+                torch.random.default_generator.manual_seed(0)
+                forward = prove(module)
+            return None if forward is None else (kind, forward)
     return None
 
 
@@ -91,10 +88,10 @@ def _eps_of(module: nn.Module) -> str | None:
 
 
 def _prove_norm(module: nn.Module) -> Forward | None:
-    weight, eps = torch.randn(8), _eps_of(module)
+    weight, eps = _numbers(8), _eps_of(module)
     assert eps is not None
     # Rows of the size of the square root of eps, too: it must be added where it is added here.
-    x = torch.randn(3, 8) * torch.tensor([[1.0], [1e-2], [1e-3]])
+    x = _numbers(3, 8) * torch.tensor([[1.0], [1e-2], [1e-3]], dtype=torch.float32)
     found = _tried(module, {"weight": weight}, x)
     for offset in (0.0, 1.0):
         if _same(found, rms_norm(x, (8,), weight, getattr(module, eps), offset)):
@@ -137,7 +134,7 @@ def _prove_gated(module: nn.Module) -> Forward | None:
     if len(inspect.signature(type(module).forward).parameters) != 2:
         return None
     gate, up, down = _Line(1.5), _Line(-0.5), _Line(2.0)
-    x = 3 * torch.randn(4, 16)
+    x = 3 * _numbers(4, 16)
     children = {"gate_proj": gate, "up_proj": up, "down_proj": down, "act_fn": module._modules["act_fn"]}
     found = [_tried(module, {}, x, children, training) for training in (True, False)]  # which shows a dropout
     for activation in ACTIVATIONS:
@@ -157,7 +154,7 @@ def _is_gelu(module: nn.Module) -> bool:
 
 
 def _prove_gelu(module: nn.Module) -> Forward | None:
-    x = torch.linspace(-6, 6, 101)
+    x = torch.linspace(-6, 6, 101, dtype=torch.float32)
     if len(inspect.signature(type(module).forward).parameters) != 2:
         return None
     return _gelu if _same(_tried(module, {}, x), F.gelu(x, approximate="tanh")) else None
@@ -188,7 +185,7 @@ def _prove_rotary(module: nn.Module) -> Forward | None:
     function = own.__globals__[_ROTARY]
     if list(inspect.signature(function).parameters) != list(inspect.signature(_rotary_pair).parameters):
         return None
-    q, k, cos, sin = (torch.randn(*shape) for shape in ((2, 3, 5, 8), (2, 1, 5, 8), (2, 5, 8), (2, 5, 8)))
+    q, k, cos, sin = (_numbers(*shape) for shape in ((2, 3, 5, 8), (2, 1, 5, 8), (2, 5, 8), (2, 5, 8)))
     for at in (1, 2):
         if not _same(function(q, k, cos, sin, at), _rotary_pair(q, k, cos, sin, at)):
             return None
@@ -210,6 +207,10 @@ _FOREIGN: tuple[tuple[str, Callable[[nn.Module], bool], Callable[[nn.Module], Fo
 
 
 # ---- trying
+
+
+def _numbers(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float32)  # whatever the default dtype is
 
 
 def _tried(

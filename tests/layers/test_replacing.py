@@ -157,6 +157,15 @@ class ShiftedRMSNorm(RMSNorm):
         return (1.0 + self.weight) * self.scaled(x)
 
 
+class ChoosingRMSNorm(RMSNorm):
+    def __init__(self, twice: bool) -> None:
+        super().__init__()
+        self.twice = twice
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (2 if self.twice else 1)
+
+
 class EpsOutsideRMSNorm(RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         return self.weight * x / (x.square().mean(-1, keepdim=True).sqrt() + self.eps)
@@ -236,6 +245,22 @@ def test_a_class_is_replaced_where_it_computes_the_same(module: nn.Module, known
     assert ("1" in replaced(model)) == known
     if known:
         torch.testing.assert_close(model(x), expected)
+
+
+def test_instances_of_a_class_may_differ() -> None:
+    model = nn.Sequential(ChoosingRMSNorm(True), ChoosingRMSNorm(False))
+    applied(model)
+    assert replaced(model) == ["1"]
+
+
+def test_the_default_dtype_does_not_matter() -> None:
+    model = nn.Sequential(RMSNorm(), MLP(), NewGELUActivation())
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        applied(model)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert replaced(model) == ["0", "1", "2"]
 
 
 def test_random_states_are_left_alone() -> None:
