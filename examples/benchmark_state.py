@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import logging
 import statistics
+import sys
 import time
 import warnings
 from dataclasses import dataclass, field
@@ -171,6 +172,7 @@ def main() -> None:
     for seed in range(given.seeds):  # forms take turns, so that a slow minute of the machine concerns all
         for name in given.only:
             train(FORMS[name], seed, given, found[name])
+            print(f"seed {seed}: {name} {found[name].losses[-1]:.4f}", file=sys.stderr, flush=True)
     print(table(found), flush=True)
 
 
