@@ -140,7 +140,7 @@ class Flat(torch.optim.Optimizer):
 
     def _leave_to_torch(self, held: Sequence[tuple[dict[str, Any], nn.Parameter]]) -> None:
         """Step by torch's fused kernels, or what it has where those cannot."""
-        fused = all(group["fused"] for group, _ in held)
+        fused = all(group.get("fused") for group, _ in held)
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         # torch's kernels see for themselves, but leave a momentum without values behind if the first step is skipped.
         if found_inf is not None and (found_inf.device.type == "cpu" or not fused) and bool(found_inf):
