@@ -27,6 +27,7 @@ from lit_zero.zero.lane import Lane
 from lit_zero.zero.probe import require_elementwise
 from tests.kernels.conftest import interpreting
 from tests.optim.beside import PlainLion, groups
+from tests.precision.harness import autocast_loss
 from tests.strategy.harness import STAGES, Fit, LitGPT, distance, same_bits, train, train_all
 from tests.strategy.test_precision import ADAMW, half, scales
 from tests.strategy.test_precision_modes import Exact
@@ -119,9 +120,7 @@ def test_the_kernel_writes_the_copy_that_is_gathered_next(interpreted, monkeypat
         published.clear()
         launches.clear()
         for number in range(3):
-            with torch.autocast("cpu", torch.bfloat16):
-                loss = model.loss(tokens(number))
-            engine.backward(loss)
+            engine.backward(autocast_loss(model, tokens(number)))
             engine.step()
         assert len(launches) == (3 if kernels else 0), "one launch a step, for all lanes and groups"
         assert len(published) == (0 if kernels else 3 * len(engine.lanes))
