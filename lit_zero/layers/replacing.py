@@ -24,14 +24,13 @@ def _known(module: nn.Module, policy: Layers) -> dict[str, list[tuple[str, Any]]
         return {}
     kinds = KINDS if policy.replace == "auto" else policy.replace
     found: dict[str, list[tuple[str, Any]]] = {kind: [] for kind in kinds}
-    proven: dict[Any, Any] = {}
     for name, each in module.named_modules():
         if each._compiled_call_impl is not None or "_orig_mod" in each._modules:
             raise UnsupportedError(
                 f"layers.variant='fused' does not go with torch.compile: {name or type(module).__name__!r} is "
                 "compiled, and the compiler fuses these layers itself. Use layers=plain, or do not compile."
             )
-        known = None if _taken(each) else fused_forward(each, proven)
+        known = None if _taken(each) else fused_forward(each)
         if known is not None and known[0] in found:
             found[known[0]].append((name, known[1]))
     missing = [kind for kind in kinds if not found[kind]]
