@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from lit_zero.kernels.derivative import first_only
 from lit_zero.kernels.rows import runs_on_rows
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, dtype: torch.dtype) -> Tensor:
@@ -68,7 +68,7 @@ class _Rotary(torch.autograd.Function):
         return compute(x, cos, sin, interleaved, dtype)
 
     @staticmethod
-    @once_differentiable
+    @first_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         compute = rotated_backward
         if ctx.kernel:
