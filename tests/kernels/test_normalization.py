@@ -86,6 +86,8 @@ def test_a_gradient_of_a_gradient_is_refused():
     for y in (rms_norm(x, (8,)), gated(x, x), rotary(x, x.detach(), x.detach())):
         with pytest.raises(RuntimeError, match="fused layers and losses have no second derivative.*Use layers=plain"):
             torch.autograd.grad(y.sum(), x, create_graph=True)  # torch would hand out one without a graph
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.grad(lambda x: rms_norm(x, (8,)).sum())(x.detach())
 
 
 def test_shapes_that_do_not_fit():
