@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from lit_zero.kernels.derivative import first_only
 from lit_zero.kernels.rows import rows_of, runs_on_rows
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 
@@ -63,7 +63,7 @@ class _Gated(torch.autograd.Function):
         return compute(rows_of(gate, width), rows_of(up, width), activation).view(gate.shape)
 
     @staticmethod
-    @once_differentiable
+    @first_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         gate, up = ctx.saved_tensors
         if not ctx.kernel:

@@ -8,6 +8,10 @@ logits is all there is, and the backward only multiplies by the gradient of the 
 multiplies them by the gradient of the loss (and by 1 / the number of targets) in float32: in float16 the gradient of a
 mean over many rows would be lost before a loss scaler's factor arrives.
 
+[Note: float16 sums] For the same reason nothing has been scaled down when a chunk's rows are added up for the weight's
+gradient, and thousands of them may pass what float16 holds. So that product is in float32. A row's own gradient is a
+mean of the weight's rows less one of them, which float16 holds.
+
 [Note: unreduced losses] With ``reduction="none"`` every row has a gradient of its own, which is known in the backward
 only. There the logits are computed once more, chunk by chunk.
 
@@ -23,9 +27,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from lit_zero.kernels.cross_entropy import losses_
+from lit_zero.kernels.derivative import first_only
 from lit_zero.kernels.rows import wide
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 _LOGITS = {"cpu": 1 << 22}  # elements of a chunk of logits, by kind of device
 _LOGITS_ELSEWHERE = 1 << 26
@@ -118,7 +122,7 @@ class _Reduced(torch.autograd.Function):
         return losses.sum() / count if settings.reduction == "mean" else losses.sum()
 
     @staticmethod
-    @once_differentiable
+    @first_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         factor = grad if ctx.share is None else grad * ctx.share
         sums = ctx.saved_tensors
@@ -139,7 +143,7 @@ class _Unreduced(torch.autograd.Function):
         return _chunks(hidden, weight, bias, targets, None, _Wanted(None, None, None), settings)
 
     @staticmethod
-    @once_differentiable
+    @first_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         hidden, weight, bias, targets = ctx.saved_tensors
         sums = _empty(hidden, weight, ctx.wanted, ctx.settings)
@@ -213,7 +217,14 @@ def _add_product(total: Tensor, grad: Tensor, x: Tensor, first: bool) -> None:
         total.addmm_(grad.t(), x, beta=0 if first else 1)
         return
     for piece, columns in zip(total.split(_WEIGHT_ROWS), grad.split(_WEIGHT_ROWS, dim=1), strict=True):
-        (piece.copy_ if first else piece.add_)(columns.t() @ x)
+        (piece.copy_ if first else piece.add_)(_product(columns.t(), x))
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Return ``a @ b`` of half precision, in a dtype that holds it [Note: float16 sums]."""
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)  # torch has this for CUDA only
+    return a.float() @ b.float() if a.dtype == torch.float16 else a @ b
 
 
 def _rows(vocabulary: int, device: torch.device) -> int:

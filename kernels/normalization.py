@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from lit_zero.kernels.derivative import first_only
 from lit_zero.kernels.rows import rows_of, runs_on_rows, wide
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 WIDEST = 32768  # elements of a row that one program of the Triton kernel holds; wider rows run the reference
 
@@ -92,7 +92,7 @@ class _Normalization(torch.autograd.Function):
         return y.view(x.shape)
 
     @staticmethod
-    @once_differentiable
+    @first_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, weight, mean, rstd = ctx.saved_tensors
         width = math.prod(ctx.shape)

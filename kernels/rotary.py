@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from lit_zero.kernels.derivative import first_only
 from lit_zero.kernels.rows import runs_on_rows
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, dtype: torch.dtype) -> Tensor:
@@ -68,7 +68,7 @@ class _Rotary(torch.autograd.Function):
         return compute(x, cos, sin, interleaved, dtype)
 
     @staticmethod
-    @once_differentiable
+    @first_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         compute = rotated_backward
         if ctx.kernel:
@@ -92,19 +92,34 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Te
     Raises:
         ValueError: if shapes do not fit, or if ``cos`` or ``sin`` needs a gradient, which is not computed.
     """
-    if not x.dim() or x.shape[-1] % 2 or x.shape[-1:] != cos.shape[-1:] or cos.shape != sin.shape or not _fits(x, cos):
+    if not _fits(x, cos, sin):
         raise ValueError(
             f"x is {list(x.shape)}, cos {list(cos.shape)} and sin {list(sin.shape)}: expected cos and sin of one shape "
             "that broadcasts to that of x, and the same even last dimension in all three."
         )
-    if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
+    if not turns(x, cos, sin):
         raise ValueError("cos or sin needs a gradient, which rotary does not compute. Detach them, or use plain torch.")
     return _Rotary.apply(x, cos, sin, interleaved, torch.promote_types(x.dtype, cos.dtype))
 
 
-def _fits(x: Tensor, cos: Tensor) -> bool:
-    return cos.dim() <= x.dim() and all(
-        c in (1, n) for c, n in zip(reversed(cos.shape), reversed(x.shape), strict=False)
+def turns(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """Return whether ``rotary`` takes these: shapes fit, and no angle needs a gradient.
+
+    Args:
+        x: see ``rotary``; and so are the others.
+        cos: of the angles.
+        sin: of the angles.
+    """
+    return _fits(x, cos, sin) and not (torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad))
+
+
+def _fits(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    return (
+        0 < cos.dim() <= x.dim()
+        and x.shape[-1] % 2 == 0
+        and cos.shape == sin.shape
+        and cos.shape[-1] == x.shape[-1]
+        and all(c in (1, n) for c, n in zip(reversed(cos.shape), reversed(x.shape), strict=False))
     )
 
 

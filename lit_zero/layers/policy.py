@@ -15,6 +15,9 @@ KINDS = ("norms", "feed_forwards", "rotary")
 class Layers:
     """What computes the layers of a model.
 
+    Fused layers have no second derivative: a backward with ``create_graph=True`` ends in an error that says so. Nor do
+    functorch's transforms (``torch.func``) go through them.
+
     Args:
         variant: ``plain`` (the model's own code), or ``fused`` (known layers are replaced by fused ones).
         replace: ``fused`` only: kinds of layers, each of which must be found: ``norms``, ``feed_forwards``, ``rotary``.

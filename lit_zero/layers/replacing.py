@@ -44,6 +44,22 @@ def _known(module: nn.Module, policy: Layers) -> dict[str, list[tuple[str, Any]]
     return found
 
 
+class Replaced:
+    """A module that is replaced in part.
+
+    Args:
+        replacement: what was applied.
+        module: the whole module.
+    """
+
+    def __init__(self, replacement: Replacement, module: nn.Module) -> None:
+        self._replacement, self._module = replacement, module
+
+    def remove(self) -> None:
+        """Give the module its own forwards back."""
+        self._replacement.restore(self._module)
+
+
 class Replacement:
     """What a choice does to modules, until it is taken off.
 
@@ -72,12 +88,15 @@ class Replacement:
         """
         return {kind: [name for name, _ in found] for kind, found in _known(module, self.policy).items()}
 
-    def apply(self, module: nn.Module, device: torch.device) -> None:
+    def apply(self, module: nn.Module, device: torch.device) -> Replaced:
         """Replace what is known in a module; what was replaced before gets its own forward back first.
 
         Args:
             module: the whole module.
             device: where it computes.
+
+        Returns:
+            What takes it off again, as ``restore`` does.
 
         Raises:
             ConfigError: if there is nothing to replace.
@@ -98,6 +117,7 @@ class Replacement:
                 each = module.get_submodule(name)
                 vars(each)["forward"] = types.MethodType(_named(forward), each)
                 self._replaced.append(weakref.ref(each))
+        return Replaced(self, module)
 
     def restore(self, module: nn.Module | None = None) -> None:
         """Give modules their own forward back.

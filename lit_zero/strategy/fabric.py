@@ -210,7 +210,7 @@ class FabricZeroStrategy(Ranked, fabric_strategies.ParallelStrategy):
         if previous is not None:  # of another Fabric
             previous.detach()
         serve_the_cpu(module)
-        self.layers.apply(module, self.root_device)
+        replaced = self.layers.apply(module, self.root_device)
         self.activations.apply(self, module, [list(range(self.world_size))])
         refuse_early_step_by_hand(self.precision_policy, "a loop of Fabric's")
         self.precision_policy.check_mode(str(self.precision.precision))
@@ -225,6 +225,7 @@ class FabricZeroStrategy(Ranked, fabric_strategies.ParallelStrategy):
             keeping=self.keeping(),
             keep_gradients=True,  # the loop is the user's own: they stay until zero_grad, as in torch
         )
+        engine.until_detached(replaced)
         refuse_tensors_without_memory(module)
         module.to(self.root_device)  # what the engine does not manage: metric states
         return self._managed.add(module, engine, self.checkpoint_policy)

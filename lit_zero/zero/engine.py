@@ -205,6 +205,10 @@ class Engine(Clipping, Regrouping):
             exchange.close()
         self.keeping.close()
 
+    def until_detached(self, handle: Handle) -> None:
+        """Remove a handle of what else is at work on the module when the module is given back."""
+        self._handles.append(handle)
+
     # ---- forward
 
     def begin_forward(self, share_buffers: bool = True) -> None:

@@ -60,6 +60,33 @@ def doubled(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.double() for name, value in inputs.items()}
 
 
+def last_row(function: Callable[..., Tensor], right: Callable[..., Tensor], x: Tensor, **others: Tensor) -> None:
+    """Compare the last of many rows [rows, width] and all gradients; the others are zero, and so is what comes back to
+    them.
+
+    Args:
+        function: ours.
+        right: the same in plain torch.
+        x: rows of zeros, but for the last.
+        others: inputs of both; those of the shape of ``x`` are rows too.
+    """
+    inputs = {"x": x, **others}
+    leaves = {name: value.detach().requires_grad_() for name, value in inputs.items()}
+    y = function(**leaves)
+    grad = torch.zeros_like(y)
+    grad[-1] = torch.randn(grad.shape[1:], device=grad.device)
+    y.backward(grad)
+    last = {name: value[-1:] if value.shape == x.shape else value for name, value in inputs.items()}
+    expected = {name: value.double().requires_grad_() for name, value in last.items()}
+    z = right(**expected)
+    z.backward(grad[-1:].double())
+    compare({"result": y[-1:].detach()}, {"result": z.detach()}, TOLERANCE[x.dtype])
+    for name, leaf in leaves.items():
+        assert leaf.grad is not None
+        found = leaf.grad[-1:] if leaf.shape == x.shape else leaf.grad
+        compare({name: found}, {name: expected[name].grad}, TOLERANCE[x.dtype])
+
+
 def used(name: str) -> bool:
     """Return whether a module of kernels was imported, so that one of them has run."""
     return f"lit_zero.kernels.{name}" in sys.modules

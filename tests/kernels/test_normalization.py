@@ -8,7 +8,9 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from lit_zero.kernels.gated import gated
 from lit_zero.kernels.normalization import layer_norm, normalized, normalized_backward, rms_norm
+from lit_zero.kernels.rotary import rotary
 from torch import Tensor
 
 from tests.kernels.layer_checks import (
@@ -17,6 +19,7 @@ from tests.kernels.layer_checks import (
     compare,
     doubled,
     gradients,
+    last_row,
     numbers,
     poisoned,
     used,
@@ -80,9 +83,11 @@ def test_only_what_is_wanted_gets_a_gradient():
 
 def test_a_gradient_of_a_gradient_is_refused():
     x = torch.randn(3, 8, requires_grad=True)
-    (grad,) = torch.autograd.grad(rms_norm(x, (8,)).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+    for y in (rms_norm(x, (8,)), gated(x, x), rotary(x, x.detach(), x.detach())):
+        with pytest.raises(RuntimeError, match="fused layers and losses have no second derivative.*Use layers=plain"):
+            torch.autograd.grad(y.sum(), x, create_graph=True)  # torch would hand out one without a graph
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.grad(lambda x: rms_norm(x, (8,)).sum())(x.detach())
 
 
 def test_shapes_that_do_not_fit():
@@ -155,11 +160,23 @@ def test_kernels_on_a_gpu():
 
 @pytest.mark.gpu
 def test_past_two_to_the_31_elements():
-    rows, width = 2**17 + 1, 2**14  # the last row begins at 2^31
-    x = torch.zeros(rows, width, dtype=torch.bfloat16, device="cuda")
-    x[-1] = torch.randn(width, device="cuda")
-    y = rms_norm(x, (width,), eps=1e-5)
-    compare({"last row": y[-1]}, {"last row": F.rms_norm(x[-1].double(), (width,), eps=1e-5)}, 3e-2)
+    check_last_row("cuda", 2**17 + 1, 2**14)  # the last row begins at 2^31
+
+
+def check_last_row(device, rows, width):
+    x = torch.zeros(rows, width, dtype=torch.bfloat16, device=device)
+    x[-1], weight = torch.randn(width, device=device), torch.randn(width, device=device)
+    for ours, stock in ((layer_norm, F.layer_norm), (rms_norm, F.rms_norm)):
+        last_row(
+            lambda x, w, f=ours: f(x, (width,), w, eps=1e-5),
+            lambda x, w, f=stock: f(x, (width,), w, eps=1e-5),
+            x,
+            w=weight,
+        )
+
+
+def test_the_last_of_some_rows(interpreted):
+    check_last_row("cpu", 3, 8)
 
 
 @pytest.mark.gpu

@@ -100,9 +100,21 @@ def test_kernels_on_a_gpu():
 
 @pytest.mark.gpu
 def test_past_two_to_the_31_elements():
-    times = 2**19 + 1
-    x = torch.zeros(1, 32, times, 128, dtype=torch.bfloat16, device="cuda")
-    x[0, -1, -1] = torch.randn(128, device="cuda")
-    cos, sin = (t[None] for t in angles(times, 128, device="cuda"))
-    expected = plain(x[0, -1, -1].double(), cos[0, -1].double(), sin[0, -1].double(), False)
-    compare({"last": rotary(x, cos.bfloat16(), sin.bfloat16())[0, -1, -1]}, {"last": expected}, 3e-2)
+    check_last_position("cuda", 2**19 + 1, 32)
+
+
+def check_last_position(device, times, count):
+    x = torch.zeros(1, count, times, 128, dtype=torch.bfloat16, device=device)
+    x[0, -1, -1] = torch.randn(128, device=device)
+    cos, sin = (t[None].bfloat16() for t in angles(times, 128, device=device))
+    leaf = x.detach().requires_grad_()
+    y = rotary(leaf, cos, sin)
+    y.backward(x)
+    c, s = (t[0, -1].double() for t in (cos, sin))
+    last = x[0, -1, -1].double()
+    compare({"last": y[0, -1, -1].detach()}, {"last": plain(last, c, s, False)}, 3e-2)
+    compare({"gradient": leaf.grad[0, -1, -1]}, {"gradient": plain(last, c, -s, False)}, 3e-2)
+
+
+def test_the_last_of_some_positions(interpreted):
+    check_last_position("cpu", 2, 3)

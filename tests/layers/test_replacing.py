@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_zero.core.errors import ConfigError, UnsupportedError
-from lit_zero.layers import Layers
+from lit_zero.layers import Layers, known, rotary
 from lit_zero.layers.replacing import Replacement
 
 CPU = torch.device("cpu")
@@ -261,6 +262,211 @@ def test_the_default_dtype_does_not_matter() -> None:
     finally:
         torch.set_default_dtype(torch.float32)
     assert replaced(model) == ["0", "1", "2"]
+
+
+class FlaggedRMSNorm(RMSNorm):
+    """One class of two kinds of weights."""
+
+    def __init__(self, plus: bool) -> None:
+        super().__init__()
+        self.plus = plus
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.weight + self.plus) * self.scaled(x)
+
+
+class RatedMLP(MLP):
+    """Drops as many as its instance says."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(super().forward(x), self.rate, self.training)
+
+
+class LearnedSwish(nn.Module):
+    """A SiLU until it has learnt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.beta = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.beta * x)
+
+
+@pytest.mark.parametrize(
+    ("modules", "known"),
+    [
+        ([MLP(), MLP(nn.GELU()), MLP(nn.ReLU())], [True, True, False]),
+        ([FlaggedRMSNorm(False), FlaggedRMSNorm(True)], [True, True]),
+        ([RatedMLP(0.0), RatedMLP(0.9)], [True, False]),
+        ([MLP(), MLP(LearnedSwish())], [True, False]),
+    ],
+)
+def test_two_of_one_class_may_differ(modules: list[nn.Module], known: list[bool]) -> None:
+    model, x = nn.ModuleList(modules), torch.randn(3, 8)
+    expected = [each.eval()(x) for each in modules]
+    applied(model.train())
+    assert [name for name, each in model.named_children() if name in replaced(model)] == [
+        str(number) for number, is_known in enumerate(known) if is_known
+    ]
+    for each, right in zip(model.eval(), expected, strict=True):
+        torch.testing.assert_close(each(x), right)
+
+
+class NamedRMSNorm(RMSNorm):
+    def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
+        return self.weight * self.scaled(hidden_states)
+
+
+class ResidualRMSNorm(RMSNorm):
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return self.weight * self.scaled(x if residual is None else x + residual)
+
+
+class NamedMLP(MLP):
+    def forward(self, hidden_state: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(hidden_state)
+
+
+class NamedGELUTanh(nn.Module):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.gelu(input, approximate="tanh")
+
+
+NamedGELUTanh.__name__ = "GELUTanh"
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [(NamedRMSNorm(), "hidden_states"), (NamedMLP(), "hidden_state"), (NamedGELUTanh(), "input"), (MLP(), "x")],
+)
+def test_arguments_keep_their_names(module: nn.Module, name: str) -> None:
+    model, x = nn.Sequential(module), torch.randn(3, 8)
+    expected = module(x)
+    applied(model)
+    assert replaced(model) == ["0"]
+    torch.testing.assert_close(module(**{name: x}), expected)
+    torch.testing.assert_close(module(x), expected)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'y'"):
+        module(y=x)
+    with pytest.raises(TypeError, match="takes 2 positional arguments but 3 were given"):
+        module(x, x)
+
+
+def test_a_class_that_takes_more_is_left_alone() -> None:
+    model, x = nn.Sequential(nn.RMSNorm(8), ResidualRMSNorm()), torch.randn(3, 8)
+    expected = model[1](x, residual=x)
+    applied(model)
+    assert replaced(model) == ["0"]
+    torch.testing.assert_close(model[1](x, residual=x), expected)
+
+
+class ForgetfulRMSNorm(RMSNorm):
+    def forward(self, x: Tensor) -> Any:
+        return None
+
+
+class PairedRMSNorm(RMSNorm):
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x), super().forward(x)
+
+
+class HalvedRMSNorm(RMSNorm):
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x).half()
+
+
+@pytest.mark.parametrize("kind", [ForgetfulRMSNorm, PairedRMSNorm, HalvedRMSNorm])
+def test_a_class_of_strange_results_is_left_alone(kind: type[RMSNorm]) -> None:
+    model = nn.Sequential(nn.RMSNorm(8), kind())
+    applied(model)
+    assert replaced(model) == ["0"]
+
+
+@pytest.mark.parametrize("of_up", [torch.float32, torch.bfloat16])
+def test_projections_of_two_dtypes(of_up: torch.dtype) -> None:
+    """What the class makes of them is its own affair; projections are computed once."""
+    model, x, calls = nn.Sequential(MLP()), torch.randn(3, 8), []
+
+    class Casting(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            calls.append(self)
+            return super().forward(x.to(self.weight.dtype))
+
+    model[0].up_proj = Casting(8, 12).to(of_up)
+    expected = model(x)
+    expected.sum().backward()
+    right = [param.grad.clone() for param in model.parameters()]
+    applied(model.zero_grad() or model)
+    calls.clear()
+    found = model(x)
+    found.sum().backward()
+    assert replaced(model) == ["0"] and len(calls) == 1
+    torch.testing.assert_close(found, expected)
+    for param, grad in zip(model.parameters(), right, strict=True):
+        torch.testing.assert_close(param.grad, grad)
+
+
+# ---- attention, as this file writes it
+
+
+def apply_rotary_pos_emb(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Turn as much of a head as there are angles."""
+    cos, sin, width = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim), cos.shape[-1]
+
+    def turned(x: Tensor) -> Tensor:
+        x, rest = x[..., :width], x[..., width:]
+        half = torch.cat((-x[..., width // 2 :], x[..., : width // 2]), -1)
+        return torch.cat((x * cos + half * sin, rest), -1)
+
+    return turned(q), turned(k)
+
+
+class Attention(nn.Module):
+    def forward(self, q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        q, k = apply_rotary_pos_emb(q, q[:, :1], cos, sin)
+        return (q * k).sum(-1)
+
+
+class BrokenAttention(nn.Module):
+    forward = types.FunctionType(
+        Attention.forward.__code__,
+        {"apply_rotary_pos_emb": lambda q, k, cos, sin, unsqueeze_dim=1: q.no_such_thing},
+    )
+
+
+@pytest.mark.parametrize(
+    ("shape", "learns", "fused"),
+    [((2, 5, 8), False, True), ((1, 5, 8), False, True), ((2, 5, 4), False, False), ((2, 5, 8), True, False)],
+)
+def test_heads_that_turn_in_part_and_angles_that_learn(
+    shape: tuple[int, ...], learns: bool, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, used = nn.Sequential(Attention()), []
+    monkeypatch.setattr(known, "rotary", lambda *args: used.append(args) or rotary(*args))
+    q = torch.randn(2, 3, 5, 8)
+    cos, sin = (torch.randn(shape, requires_grad=learns) for _ in range(2))
+    expected = model[0](q, cos, sin)
+    applied(model)
+    used.clear()
+    assert replaced(model) == ["0"]
+    torch.testing.assert_close(model[0](q, cos, sin), expected)
+    assert bool(used) == fused
+    if learns:
+        model[0](q, cos, sin).sum().backward()
+        assert cos.grad is not None and cos.grad.any()
+
+
+def test_a_function_that_fails_on_numbers_is_left_alone() -> None:
+    model = nn.Sequential(nn.RMSNorm(8), BrokenAttention())
+    applied(model)
+    assert replaced(model) == ["0"]
 
 
 def test_random_states_are_left_alone() -> None:
