@@ -52,6 +52,7 @@ def to_bfloat16_reference(values: torch.Tensor, out: torch.Tensor, draw: Draw) -
     """Do what :func:`to_bfloat16` does with random bits, in plain torch."""
     bits = random_bits(values.numel(), *draw, values.device).add_(values.view(torch.int32))
     out.view(torch.int16).copy_(bits.bitwise_right_shift_(16))
+    out.masked_fill_(values.isnan(), float("nan"))  # adding bits may have made a zero or an infinity of it
 
 
 def to_int8(

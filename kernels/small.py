@@ -69,12 +69,14 @@ def small_step(
         groups: hyper-parameters by the segments' group numbers, as the rule reads them.
         tables: keeps what was uploaded for the next step.
     """
-    from lit_zero.kernels.triton_small import launch
-
     tables = tables or Tables()
     found: dict[tuple[Any, ...], list[SmallSegment]] = {}
     for segment in segments:
         if segment.grad.numel():
             found.setdefault(segment.forms, []).append(segment)
+    if not found:
+        return
+    from lit_zero.kernels.triton_small import launch
+
     for each in found.values():
         launch(rule, each, groups, tables)

@@ -18,7 +18,9 @@ _T = TypeVar("_T")
 
 ALIGN = 16  # bytes: what a GPU loads at once
 HEAD = 5  # numbers of a row before its addresses: elements, group, first block, aligned, address of the step count
-_KEPT = 4  # tables: gradients may come to lie in a few places by turns
+# Rows of tables that are kept: of many small launches each keeps its own, and gradients may come to lie in a few places
+# by turns.
+_KEPT = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -69,13 +71,18 @@ class Tables:
 
     def __init__(self) -> None:
         self._tables: OrderedDict[tuple[object, ...], Table] = OrderedDict()
+        self._owners: OrderedDict[tuple[object, ...], torch.Tensor] = OrderedDict()  # long, and the same by turns
         self._numbers: OrderedDict[tuple[object, ...], torch.Tensor] = OrderedDict()
+        self._seeds: OrderedDict[tuple[object, ...], torch.Tensor] = OrderedDict()
 
     def table(self, rows: Sequence[Row], block: int, device: torch.device) -> Table:
         """Return the table of ``rows``, for blocks of ``block`` elements; empty segments have no block."""
         key = (block, device, *rows)
         if key not in self._tables:
-            self._tables[key] = _table(rows, block, device)
+            blocks = (device, *(-(-row.numel // block) for row in rows))
+            if blocks not in self._owners:
+                self._owners[blocks] = _owners(blocks[1:], device)
+            self._tables[key] = _table(rows, block, _kept(self._owners, blocks))
         return _kept(self._tables, key)
 
     def numbers(self, groups: Sequence[Sequence[float]], device: torch.device) -> torch.Tensor:
@@ -87,25 +94,29 @@ class Tables:
 
     def seeds(self, seeds: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
         """Return small whole numbers, int32 ``[segments, numbers]`` on the device."""
-        key = ("seeds", device, *map(tuple, seeds))
-        if key not in self._numbers:
-            self._numbers[key] = _upload(torch.tensor(seeds, dtype=torch.int32, device="cpu"), device)
-        return _kept(self._numbers, key)
+        key = (device, *map(tuple, seeds))
+        if key not in self._seeds:
+            self._seeds[key] = _upload(torch.tensor(seeds, dtype=torch.int32, device="cpu"), device)
+        return _kept(self._seeds, key)
 
 
-def _table(rows: Sequence[Row], block: int, device: torch.device) -> Table:
-    lines, blocks, first = [], [], 0
+def _table(rows: Sequence[Row], block: int, owners: torch.Tensor) -> Table:
+    lines, first, device = [], 0, owners.device
     for row in rows:
-        blocks.append(-(-row.numel // block))
         lines.append([row.numel, row.group, first, int(row.aligned), row.step, *sum(row.tensors, ())])
-        first += blocks[-1]
-    sizes = _upload(torch.tensor(blocks, dtype=torch.int64, device="cpu"), device)
-    numbers = torch.arange(len(rows), dtype=torch.int32, device=device)
+        first += -(-row.numel // block)
     return Table(
         _upload(torch.tensor(lines, dtype=torch.int64, device="cpu"), device),
-        torch.repeat_interleave(numbers, sizes, output_size=first),  # made there: it is long
+        owners,
         torch.zeros(len(rows), dtype=torch.int32, device=device),
     )
+
+
+def _owners(blocks: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Return the segment of each block; made on the device, since it is long."""
+    sizes = _upload(torch.tensor(blocks, dtype=torch.int64, device="cpu"), device)
+    numbers = torch.arange(len(blocks), dtype=torch.int32, device=device)
+    return torch.repeat_interleave(numbers, sizes, output_size=sum(blocks))
 
 
 def _upload(values: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -116,7 +127,8 @@ def _upload(values: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def _kept(found: OrderedDict[tuple[object, ...], _T], key: tuple[object, ...]) -> _T:
-    found.move_to_end(key)
-    while len(found) > _KEPT:
+    if next(reversed(found)) != key:
+        found.move_to_end(key)
+    while len(found) > 1 and len(found) * len(key) > _KEPT:  # keys are about as long as each other
         found.popitem(last=False)
     return found[key]

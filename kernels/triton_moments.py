@@ -31,7 +31,8 @@ def random_16(seed, position):  # type: ignore[no-untyped-def]
 @triton.jit
 def rounded_up_or_down(values, bits):  # type: ignore[no-untyped-def]
     """Return the bits (int16) of the bf16 numbers to which fp32 values are rounded with 16 random bits each."""
-    return ((values.to(tl.int32, bitcast=True) + bits) >> 16).to(tl.int16)
+    rounded = (values.to(tl.int32, bitcast=True) + bits) >> 16
+    return tl.where(values == values, rounded, 0x7FC0).to(tl.int16)  # to what is no number nothing is added
 
 
 @triton.jit
@@ -73,7 +74,7 @@ def _to_int8(  # type: ignore[no-untyped-def]
     scale = tl.maximum(tl.max(tl.abs(found), 1), _TINY)
     unknown = tl.max((found != found).to(tl.int32), 1)  # a maximum does not show what is no number
     scale = tl.where(unknown > 0, float("nan"), scale)
-    code = code_of(tl.abs(found) / scale[:, None], SIGNED)
+    code = code_of(tl.div_rn(tl.abs(found), tl.broadcast_to(scale[:, None], found.shape)), SIGNED)
     if RANDOM:
         start = tl.load(seed) if DEVICE_SEED else seed
         code = tl.floor(code + random_16(start, index).to(tl.float32) * 0.0000152587890625)

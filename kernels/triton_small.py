@@ -15,7 +15,7 @@ import triton.language as tl
 from lit_zero.kernels import triton_rules
 from lit_zero.kernels.moments import BLOCK, TINY, table
 from lit_zero.kernels.noise import STEP, as_int32
-from lit_zero.kernels.small import Array, SmallSegment
+from lit_zero.kernels.small import DITHERED, UNSIGNED, Array, SmallSegment
 from lit_zero.kernels.table import HEAD, Row, Tables
 from lit_zero.kernels.triton_moments import code_of, random_16, rounded_up_or_down
 from lit_zero.kernels.triton_split import halves, joined
@@ -33,7 +33,7 @@ def launch(rule: str, segments: Sequence[SmallSegment], groups: Sequence[Sequenc
     """Launch one kernel over segments that are alike in their forms; none is empty."""
     first, device = segments[0], segments[0].grad.device
     rows = tables.table([_row(segment) for segment in segments], ROWS * BLOCK, device)
-    seeds = tables.seeds([[moment.seed for moment in segment.moments] or [0] for segment in segments], device)
+    seeds = tables.seeds([[_seed(moment) for moment in segment.moments] or [0] for segment in segments], device)
     numbers = tables.numbers(groups, device)
     forms = [moment.form for moment in first.moments] + [0, 0]
     walk_small[(rows.owners.numel(),)](
@@ -59,6 +59,11 @@ def launch(rule: str, segments: Sequence[SmallSegment], groups: Sequence[Sequenc
         num_warps=WARPS,
         enable_fp_fusion=True,
     )
+
+
+def _seed(moment: Array) -> int:
+    """Return where an array's random bits start; 0 if it draws none, so that nothing changes from step to step."""
+    return moment.seed if moment.form in (DITHERED, UNSIGNED) else 0
 
 
 def _row(segment: SmallSegment) -> Row:
@@ -168,7 +173,7 @@ def _store(address, found, index, block, here, numel, seed, FORM: tl.constexpr):
         scale = tl.maximum(tl.max(tl.abs(found), 1), _TINY)
         unknown = tl.max((found != found).to(tl.int32), 1)  # a maximum does not show what is no number
         scale = tl.where(unknown > 0, float("nan"), scale)
-        code = code_of(tl.abs(found) / scale[:, None], FORM == 4)
+        code = code_of(tl.div_rn(tl.abs(found), tl.broadcast_to(scale[:, None], found.shape)), FORM == 4)
         if FORM == 4:
             code = tl.floor(code + 0.5)
             code = tl.where(found < 0, -code, code)

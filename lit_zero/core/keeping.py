@@ -175,12 +175,13 @@ class Keeping:
         """
         return Keeper()
 
-    def accept(self, optimizer: str, contents: Collection[Content]) -> None:
-        """Make sure that there is something to do with an optimizer's states.
+    def accept(self, optimizer: str, contents: Collection[Content], lowered: bool) -> None:
+        """Make sure that there is something to do with an optimizer's states, and with masters.
 
         Args:
             optimizer: its name.
             contents: of all its states in fp32.
+            lowered: parameters that are trained have 2-byte copies, on some rank.
 
         Raises:
             ConfigError: for a setting that has no effect on any.

@@ -71,7 +71,9 @@ class Flat(torch.optim.Optimizer):
 
     def step_forms(self, parts: Sequence[Formed]) -> bool:
         """See :class:`~lit_zero.core.forms.StepsForms`: in one launch, where kernels run and know the states."""
-        if self._fused == "none" or not all(runs_kernel(part.grad) and part.grad.dtype in STEPPED for part in parts):
+        if self._fused == "none" or not parts:
+            return False
+        if not all(runs_kernel(part.grad) and part.grad.dtype in STEPPED for part in parts):
             return False
         groups = {param: group for group in self.param_groups for param in group["params"]}
         segments, numbers = list[SmallSegment](), dict[Any, int]()

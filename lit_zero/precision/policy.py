@@ -48,9 +48,8 @@ class Precision:
             ``int8``: one byte, and one fp32 number for every 256.
         step: ``after``: the optimizer steps when the backward is over. ``backward``: inside it, lane by lane, as soon
             as gradients are complete, so that they never stand all at once. No clipping, no accumulation, no loss
-            scaler, automatic optimization. (Exact clipping by norm would take two backwards: one that only learns the
-            norm, and one of the loss times the factor. That costs more time than 2 bytes of gradients are worth, so it
-            is not offered.)
+            scaler, automatic optimization. (Clipping by norm would take two backwards, one of them only to
+            learn the norm; that is not offered. ``after`` with ``gradient_dtype="compute"`` takes one, and 2 bytes.)
 
     With ``master``, ``moments`` or ``step`` set, the step goes through the masters in portions, each of which is
     brought to fp32, stepped by the optimizer's own class, and put away again; with 2-byte gradients no fp32 copy of

@@ -101,7 +101,13 @@ class Small(Keeping):
     def keeper(self, numel: int, used: bool, sharded: bool) -> Keeper:
         return self._keeper if used else Keeper()
 
-    def accept(self, optimizer: str, contents: Collection[Content]) -> None:
+    def accept(self, optimizer: str, contents: Collection[Content], lowered: bool) -> None:
+        if self._precision.master == "split" and not lowered:
+            raise ConfigError(
+                "precision.master='split' has no effect: no parameter that is trained has a 2-byte copy, because "
+                f"precision.lower={self._precision.lower!r} lowers none of them. Remove precision.master, or use "
+                "precision.lower='all'."
+            )
         if self._precision.moments != "float32" and not {Content.SIGNED, Content.POSITIVE} & set(contents):
             raise ConfigError(
                 f"precision.moments={self._precision.moments!r} has no effect: {optimizer} with these settings keeps "

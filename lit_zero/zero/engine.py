@@ -35,7 +35,7 @@ from lit_zero.zero.build import build_lanes, empty, fill_lanes, group_names, num
 from lit_zero.zero.calls import UNTRACED, Handle
 from lit_zero.zero.clipping import Clipping
 from lit_zero.zero.gathering import Gatherer
-from lit_zero.zero.guarding import refuse_lost_changes, refuse_whole_state
+from lit_zero.zero.guarding import refuse_lost_changes, refuse_stand_ins, refuse_whole_state
 from lit_zero.zero.hooks import Hooks
 from lit_zero.zero.lane import Lane
 from lit_zero.zero.policy import Placement, Zero
@@ -160,7 +160,11 @@ class Engine(Clipping, Regrouping):
         if isinstance(optimizer, WholeParameters):
             optimizer.shards = SegmentShards(lambda: binding.segments, self.exchange)
         if self.keeping.walks:
-            self.keeping.accept(type(optimizer).__name__, binding.contents())
+            lowered = any(lane.trainable and lane.lowered for lane in self.lanes) or any(
+                info.trainable and info.lowered_dtype != info.master_dtype for info in self.absent
+            )
+            self.keeping.accept(type(optimizer).__name__, binding.contents(), lowered)
+            self._handles.append(optimizer.register_state_dict_pre_hook(lambda _: refuse_stand_ins(binding)))
             run = Keeping().run if self._keep else self.keeping.run
             self._handles.append(binding.wrap_step(run, self.keeping.early))
         self._handles.append(optimizer.register_step_post_hook(lambda *_: self._stepped(binding)))

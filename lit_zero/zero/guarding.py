@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from lit_zero.core.errors import LitZeroError
+from lit_zero.zero.binding import Binding
 from lit_zero.zero.lane import Lane
 
 
@@ -55,3 +56,17 @@ def refuse_whole_state(optimizer: torch.optim.Optimizer, state: Any) -> None:
         f"{type(optimizer).__name__}.load_state_dict would take the state of whole parameters for that of shards. "
         "Load a checkpoint: trainer.fit(ckpt_path=...), or fabric.load(path, {'optimizer': optimizer})."
     )
+
+
+def refuse_stand_ins(binding: Binding) -> None:
+    """Stand before ``optimizer.state_dict``.
+
+    Raises:
+        LitZeroError: if the states are kept elsewhere or in another form, so that the optimizer holds zeros for them.
+    """
+    if any(not kept.live for segment in binding.segments for kept in segment.kept.values()):
+        raise LitZeroError(
+            f"{type(binding.optimizer).__name__}.state_dict would hold zeros: its states are kept elsewhere or in "
+            "small forms. Save with trainer.save_checkpoint(path) or fabric.save(path, ...), or read one with "
+            "trainer.strategy.full.state(name, key)."
+        )

@@ -177,7 +177,8 @@ class Lane(Gradients):
         flat = value.detach().reshape(-1)
         if self.row.parameter is Placement.REPLICATE:
             assert self.full is not None
-            self.full[entry.offset : entry.end].copy_(flat)
+            whole = self.full[entry.offset : entry.end]  # rounded on every rank as the master's own copy is
+            (self.keeper.beside(whole) if self.split else Kept(whole)).write(0, flat)
         lo, hi = max(entry.offset, self.master_start), min(entry.end, self.master_end)
         if lo < hi:
             mine = flat[lo - entry.offset : hi - entry.offset]

@@ -43,6 +43,14 @@ class Passing:
                 "optimizer.step(closure). Call the optimizer with its closure in every step (as Lightning's own "
                 "optimizer_step does), or set precision.step='after'."
             )
+        if any(binding.had_backward for binding in self.bindings):
+            raise LitZeroError(
+                "precision.step='backward' steps inside the backward, and a second one began in the same "
+                "optimizer.step(closure): it would step again what the first has stepped. Add the losses and call "
+                "backward once, or set precision.step='after'."
+            )
+        for binding in self.bindings:
+            binding.had_backward = True
 
     def _landed(self, lane: Lane) -> None:
         """Step a lane whose gradients are reduced, if it is certain that all of it is to be stepped."""
@@ -63,6 +71,6 @@ class Passing:
         if self.keeping.early:
             raise LitZeroError(
                 "With precision.step='backward' there are no gradients to take a norm of, or to clip: each was stepped "
-                "with and dropped inside the backward. Set precision.step='after' (with "
-                "precision.gradient_dtype='compute' gradients take 2 bytes)."
+                "with and dropped inside the backward. To clip, set precision.step='after'; with "
+                "precision.gradient_dtype='compute' beside it gradients take 2 bytes until the step."
             )

@@ -13,7 +13,7 @@ the weights follows them; one without a negative element has no sign.
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,21 +32,24 @@ class Twin:
     Args:
         optimizer: the user's. What a scheduler or a loss scaler changes afterwards does not reach the twin.
         away: it steps in host memory; else on the device, as the optimizer does.
+        before: the twin of the last step: what it has found out holds as long as no setting but ``lr`` changes.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, away: bool) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, away: bool, before: Twin | None = None) -> None:
         self._kind, self._away = type(optimizer), away
         mine = _in_host_memory if away else _own
         self._attributes = {key: mine(value) for key, value in vars(optimizer).items() if key not in _OWN}
         self._settings: list[dict[str, Any]] = []  # of each group
-        self._groups: dict[int, dict[str, Any]] = {}  # the same, by the id of a parameter in it
+        self._numbers: dict[int, int] = {}  # of a group, by the id of a parameter in it
         self._found: dict[tuple[int, torch.dtype], Mapping[str, tuple[torch.dtype, Content]]] = {}
-        for group in optimizer.param_groups:
+        for number, group in enumerate(optimizer.param_groups):
             settings = {key: mine(value) for key, value in group.items() if key != "params"}
             if away and "capturable" in settings:
                 settings["capturable"] = False  # it wants a GPU, and changes where steps are counted, not what is done
             self._settings.append(settings)
-            self._groups |= {id(param): settings for param in group["params"]}
+            self._numbers |= {id(param): number for param in group["params"]}
+        if before is not None and before._away == away and _same_settings(before._settings, self._settings, {"lr"}):
+            self._found = before._found
 
     def step(self, like: nn.Parameter, param: nn.Parameter, state: dict[str, Any]) -> dict[str, Any]:
         """Step ``param`` with ``state``, by the hyper-parameters of ``like``; return the state after."""
@@ -65,7 +68,7 @@ class Twin:
         """Return dtype and content of the element-wise states that the optimizer keeps for a parameter, by key
         [Note: what a state holds].
         """
-        key = id(self._groups[id(like)]), like.dtype
+        key = self._numbers[id(like)], like.dtype
         if key not in self._found:
             self._found[key] = self._try_out(like)
         return self._found[key]
@@ -85,19 +88,14 @@ class Twin:
 
     def same_settings(self, optimizer: torch.optim.Optimizer) -> bool:
         """Return whether the optimizer's hyper-parameters are still those with which the twin steps."""
-        return all(
-            _same(value, settings.get(key))
-            for settings, group in zip(self._settings, optimizer.param_groups, strict=True)
-            for key, value in group.items()
-            if key != "params"
-        )
+        return _same_settings(self._settings, optimizer.param_groups)
 
     def _fastest(self, like: nn.Parameter) -> dict[str, Any]:
         """Return the settings under which a step in host memory is fastest: torch's fused kernel for a plain Adam or
         AdamW. Who has said ``foreach=`` or ``fused=`` gets that. A step on the device takes the same kernels as without
         portions, so that its results are the same.
         """
-        group = self._groups[id(like)]
+        group = self._settings[self._numbers[id(like)]]
         if not self._away:
             return group
         plain = self._kind in (torch.optim.Adam, torch.optim.AdamW) and like.dtype.is_floating_point
@@ -117,6 +115,18 @@ def _own(value: Any) -> Any:
     if isinstance(value, (tuple, list)) and any(isinstance(each, torch.Tensor) for each in value):
         return type(value)(_own(each) for each in value)
     return value.detach().clone() if isinstance(value, torch.Tensor) else value
+
+
+def _same_settings(
+    one: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]], but: Collection[str] = ()
+) -> bool:
+    """Return whether groups have the same hyper-parameters, except those that ``but`` names."""
+    return len(one) == len(other) and all(
+        _same(value, mine.get(key))
+        for mine, theirs in zip(one, other, strict=True)
+        for key, value in theirs.items()
+        if key != "params" and key not in but
+    )
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -31,7 +31,7 @@ from torch import nn
 from lit_zero.core.errors import LitZeroError
 from lit_zero.core.forms import Form, Formed, Origin, StepsForms
 from lit_zero.core.keeping import Content
-from lit_zero.core.ticket import Ticket
+from lit_zero.core.ticket import Failed, Ticket
 from lit_zero.zero.lane import Lane
 from lit_zero.zero.segment import Segment, copied_value, is_elementwise
 from lit_zero.zero.twin import Twin
@@ -45,14 +45,18 @@ class Walking:
     Attributes:
         optimizer: the user's.
         segments: what its groups hold.
+        had_backward: the closure that runs has run a backward, which has stepped.
     """
 
     optimizer: torch.optim.Optimizer
     segments: list[Segment]
     _run: Callable[[Callable[[], None]], Ticket]
     _taken: list[tuple[Segment, torch.Tensor]]  # what the last step has used
+    _last: Twin | None = None  # knows what states the optimizer keeps
     _early: Twin | None = None  # steps lanes while the closure of a step runs
-    _steps: int = 0  # that have been taken, for optimizers that do not count
+    _steps: int = 0  # that this run has taken, for optimizers that do not count
+    had_backward = False
+    _began = False  # the closure has stepped a lane
 
     def wrap_step(self, run: Callable[[Callable[[], None]], Ticket], early: bool = False) -> Unwrap:
         """Let ``optimizer.step`` step in portions too [Note: the step inside the step].
@@ -72,6 +76,9 @@ class Walking:
                 try:
                     loss = None if closure is None else closure()
                     walk()
+                except BaseException as error:
+                    self._fail(error)
+                    raise
                 finally:
                     self._early = None
                 return loss
@@ -101,12 +108,28 @@ class Walking:
         self._steps += 1
 
     def _twin(self) -> Twin:
-        return Twin(self.optimizer, away=any(segment.lane.keeper.away for segment in self.segments))
+        away = any(segment.lane.keeper.away for segment in self.segments)
+        self._last = Twin(self.optimizer, away, self._last)
+        return self._last
 
     # ---- inside the backward
 
     def _begin_closure(self) -> None:
-        self._early = self._twin()
+        self._early, self.had_backward, self._began = self._twin(), False, False
+
+    def _fail(self, error: BaseException) -> None:
+        """Note that a closure has failed: what it has stepped is not taken back, so nothing goes on from there."""
+        if not self._began:
+            return
+        half = LitZeroError(
+            f"{type(error).__name__} came up in a backward that had stepped some of the parameters, as "
+            "precision.step='backward' does: the model is half stepped, and neither saved nor trained on. Go on from "
+            "the last checkpoint in a new run, or set precision.step='after'."
+        )
+        half.__cause__ = error
+        for segment in self.segments:
+            segment.lane.stepped = Failed(half)
+        self._began = False
 
     def _end_closure(self) -> None:
         early, self._early = self._early, None
@@ -126,6 +149,7 @@ class Walking:
     def step_lane(self, lane: Lane) -> None:
         """Step a lane whose gradients are complete, and let go of them [Note: the step inside the backward]."""
         assert self._early is not None
+        self._began = True
         grad = lane.master_grad()
         mine = [each for each in self.segments if each.lane is lane and each.first < each.last]
         filled = [(segment, grad[segment.first : segment.last]) for segment in mine]
@@ -137,7 +161,9 @@ class Walking:
 
     def _step_forms(self, filled: Sequence[tuple[Segment, torch.Tensor]]) -> bool:
         """Let the optimizer step segments as they lie, if it can; return whether it has."""
-        if not isinstance(self.optimizer, StepsForms) or any(segment.lane.keeper.away for segment, _ in filled):
+        if not filled or not isinstance(self.optimizer, StepsForms):
+            return False
+        if any(segment.lane.keeper.away for segment, _ in filled):
             return False
         parts = [self._formed(segment, grad) for segment, grad in filled]
         known = [part for part in parts if part is not None]
@@ -195,6 +221,8 @@ class Walking:
 
     def _origin(self, segment: Segment, state: dict[str, Any]) -> Origin:
         group = next((g for g in self.optimizer.param_groups if any(p is segment.param for p in g["params"])), {})
+        # An optimizer without a number of steps begins anew with a run: what it rounds at random is then rounded with
+        # bits of earlier steps, on average as right as with others.
         counted = state.get("step", group.get("step", self._steps))
         return Origin(segment.lane.infos[0].name, segment.lane.master_start + segment.first, _whole(counted))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+import kernel_cases_state
 import pytest
 import torch
 from benchmark_kernels import all_cases, main
@@ -56,3 +57,14 @@ def test_what_fails_has_a_row() -> None:
 def test_every_case_moves_what_it_says() -> None:
     for case in all_cases(CPU, ["tiny"]):
         assert case.moved > 0 and len(case.contenders) > 1, case.name
+
+
+def test_every_case_of_state_runs() -> None:
+    """Where there is no kernel for the device, the row says so."""
+    for case in kernel_cases_state.cases(CPU, ["tiny"]):
+        for contender in case.contenders:
+            if contender.name == "one launch on small forms":
+                with pytest.raises(RuntimeError, match="no kernel for this device"):
+                    contender.build()
+            else:
+                contender.build()()

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lit_zero.kernels import Scheme, dequantize, pack, pack_signs, quantize, unpack, unpack_signs, unscale
+from lit_zero.kernels import Scheme, SGDGroup, dequantize, pack, pack_signs, quantize, unpack, unpack_signs, unscale
+from lit_zero.kernels.moments import BLOCK, from_int8, to_bfloat16, to_int8
+from lit_zero.kernels.small import SIGNED, SPLIT, Array, SmallSegment, small_step
+from lit_zero.kernels.split import join, split
 
 pytestmark = pytest.mark.gpu
 SIZE = 2**31 + 4097
@@ -56,3 +59,38 @@ def test_signs(marked):
     error = torch.zeros(SIZE, device="cuda")
     got = unpack_signs(pack_signs(marked, error), marked)
     assert (got < 0).sum().item() == len(MARKS) and all(got[mark] < 0 for mark in MARKS)
+
+
+def test_split_and_join(marked):
+    master = marked.float()
+    master[list(MARKS)] += 2.0**-12  # what the copy cannot hold
+    remainder = torch.full((SIZE,), 7, dtype=torch.int16, device="cuda")
+    split(master, marked, remainder)
+    assert (remainder != 0).sum().item() == len(MARKS)
+    check_marks(join(marked, remainder, master.zero_()), 0.5, 1.0 + 2.0**-12)
+
+
+def test_moments(marked):
+    whole = SIZE // BLOCK * BLOCK
+    values = marked[:whole].float()
+    codes = torch.full((whole,), 101, dtype=torch.int8, device="cuda")
+    scales = torch.full((whole // BLOCK,), 9.0, device="cuda")
+    to_int8(values, codes, scales, True)
+    assert (scales == 1.0).sum().item() == len(MARKS) - 1 and (scales == 0.5).sum().item() == len(scales) - 3
+    found = from_int8(codes, scales, True, values.zero_())
+    assert [found[mark].item() for mark in MARKS[:-1]] == [1.0] * 3
+    assert (found == 0.5).sum().item() > whole - 4 * BLOCK
+    to_bfloat16(found, marked[:whole], (1, 2, 3))
+    assert [marked[mark].item() for mark in MARKS[:-1]] == [1.0] * 3
+
+
+def test_small_step(marked):
+    """SGD with an 8-bit momentum of zeros: each element goes by its gradient."""
+    blocks = -(-SIZE // BLOCK)
+    master = Array(SPLIT, torch.zeros_like(marked), torch.zeros(SIZE, dtype=torch.int16, device="cuda"))
+    codes = torch.zeros(blocks * BLOCK, dtype=torch.int8, device="cuda")
+    moment = Array(SIGNED, codes, torch.zeros(blocks, device="cuda"))
+    segment = SmallSegment(0, master, marked, (moment,))
+    small_step("sgd_rule", [segment], [SGDGroup(lr=1.0, momentum=0.9).numbers()])
+    check_marks(master.values, -0.5, -1.0)
+    assert all(codes[mark].item() == 127 for mark in MARKS)

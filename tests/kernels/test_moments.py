@@ -136,6 +136,19 @@ def test_nothing_that_is_no_number_is_hidden() -> None:
     assert not bool(found[1].isfinite().any()) and not bool(found[2].isfinite().any())
 
 
+def test_what_is_no_number_stays_none(place: torch.device) -> None:
+    """Adding random bits to these makes a negative zero of the first, and infinities of the others."""
+    given = torch.tensor([0x7FFFFFFF, -1, 0x7F800001, -0x7FFFFF], dtype=torch.int32, device=place).view(torch.float32)
+    for write in (to_bfloat16, to_bfloat16_reference):
+        found = torch.zeros(4, dtype=torch.bfloat16, device=place)
+        write(given, found, (11, 4, 0))
+        assert bool(found.isnan().all())
+    endless = torch.tensor([float("inf"), float("-inf")], device=place)
+    found = torch.zeros(2, dtype=torch.bfloat16, device=place)
+    to_bfloat16(endless, found, (11, 4, 0))
+    assert torch.equal(found.float(), endless)
+
+
 def test_kernels_equal_the_reference(place: torch.device) -> None:
     draws = [None, (11, 4, 1 << 20), (11, torch.tensor(4.0, device=place), 5)]
     for signed in (True, False):

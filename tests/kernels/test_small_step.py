@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from lit_zero.kernels import table
 from lit_zero.kernels.small import small_step
 from torch import nn
 
@@ -109,6 +110,24 @@ def test_adamw_steps_every_form(interpreted: torch.device, forms: tuple[str, str
 @pytest.mark.parametrize("name", [name for name in KINDS if name != "AdamW"])
 def test_others_step_bytes(interpreted: torch.device, name: str) -> None:
     check(name, ("split", "int8"), torch.float32, interpreted)
+
+
+def test_many_small_launches_upload_their_tables_once(
+    interpreted: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with a launch for every lane, and an optimizer that does not count and draws nothing."""
+    uploads: list[torch.Tensor] = []
+    monkeypatch.setattr(table, "_upload", lambda values, device: uploads.append(values) or values)
+    params = [nn.Parameter(torch.zeros(()).expand(256)) for _ in range(6)]
+    optimizer, forms, grad = optim.Lion(params), [Form("plain", torch.zeros(256)) for _ in params], torch.ones(256)
+    moments = [Form("rounded", torch.zeros(256, dtype=torch.bfloat16)) for _ in params]
+    for step in range(3):
+        for param, form, moment in zip(params, forms, moments, strict=True):
+            origin = Origin("lane", 0, step)
+            assert optimizer.step_forms([Formed(param, grad, form, {"exp_avg": moment}, origin)])
+        if step == 0:
+            uploads.clear()
+    assert not uploads
 
 
 # ---- under the engine

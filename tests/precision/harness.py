@@ -87,7 +87,7 @@ def build(job: Job) -> tuple[nn.Module, torch.optim.Optimizer, Engine]:
     torch.manual_seed(0)
     model = job.run.model().to(job.run.dtype)
     optimizer = job.run.optimizer(model)
-    policy = Precision(lower="all", **job.small) if job.mixed else Precision(**job.small)
+    policy = Precision(**{"lower": "all", **job.small}) if job.mixed else Precision(**job.small)
     engine = Engine(
         model,
         [optimizer],
