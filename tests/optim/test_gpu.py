@@ -11,7 +11,7 @@ from lit_zero.comm.open import open_exchange
 from lit_zero.optim import LAMB, Muon
 from lit_zero.zero import Zero
 from lit_zero.zero.engine import Engine
-from tests.optim.harness import groups
+from tests.optim.whole import groups
 from tests.zero.harness import GPT, tokens
 
 pytestmark = pytest.mark.gpu
