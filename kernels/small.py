@@ -78,3 +78,4 @@ def small_step(
             found.setdefault(segment.forms, []).append(segment)
     for each in found.values():
         launch(rule, each, groups, tables)
+        torch.autograd.graph.increment_version([segment.param.values for segment in each])  # autograd has not seen it
