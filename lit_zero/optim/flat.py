@@ -280,7 +280,7 @@ def _is_kernels(param: nn.Parameter) -> bool:
 
 def is_torchs_own(param: torch.Tensor) -> bool:
     """Return whether torch's fused kernels can step a parameter. Those for a CPU walk through memory as if parameter
-    and gradient filled it in one order, and check neither.
+    and gradient filled it in one order and in one dtype, and check nothing; those for a GPU refuse what does not.
     """
     grad = param.grad
     if grad is None:

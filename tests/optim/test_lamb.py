@@ -128,7 +128,7 @@ def test_only_contiguous_parameters_but_any_gradients():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"betas": (0.9,)}, r"optimizer.betas=\(0.9,\) is not valid: expected 2 numbers, got 1."),
+        ({"betas": (0.9,)}, "optimizer.betas=(0.9,) is not valid: expected 2 numbers, got 1."),
         ({"lr": -1.0}, "Invalid learning rate: -1.0"),
         ({"eps": -1.0}, "Invalid epsilon value: -1.0"),
         ({"weight_decay": -1.0}, "Invalid weight_decay value: -1.0"),

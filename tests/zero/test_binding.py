@@ -303,6 +303,8 @@ def moved() -> tuple[int, str]:
     engine.backward(model.loss(tokens(0)))
     engine.step()
     states = len(optimizer.state)
+    optimizer.param_groups.clear()
+    optimizer.add_param_group({"params": list(model.many.parameters())})
     optimizer.add_param_group({"params": [model.few.weight]})
     try:
         engine.follow_groups()
