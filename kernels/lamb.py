@@ -127,6 +127,7 @@ def lamb_apply(pieces: Sequence[LambPiece], sums: torch.Tensor) -> None:
             from lit_zero.kernels.triton_lamb import launch_apply
 
             launch_apply(each, those.float())
+            torch.autograd.graph.increment_version([piece.param for piece in each])  # a kernel writes behind its back
         else:
             apply_reference(each, those)
 

@@ -60,7 +60,8 @@ def lion_reference(segment: Segment, group: LionGroup, grad_scale: torch.Tensor 
     """Do to a segment what defines a step."""
     param, grad, exp_avg = worked([segment.param, segment.grad, *segment.states], segment.param)
     grad = scaled(grad, -1.0 if group.maximize else 1.0, grad_scale)
-    update = exp_avg.lerp(grad, 1.0 - group.beta1).sign_()
+    mixed = exp_avg.lerp(grad, 1.0 - group.beta1)
+    update = torch.where(mixed.isnan(), mixed, mixed.sign())  # torch's sign of NaN is 0, which would hide it
     param.mul_(1.0 - group.lr * group.weight_decay).add_(update, alpha=-group.lr)
     exp_avg.lerp_(grad, 1.0 - group.beta2)
     put_back(segment, param, [exp_avg])

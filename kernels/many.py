@@ -22,12 +22,7 @@ def table_of(tensors: Sequence[torch.Tensor], block: int, partners: Sequence[int
     Raises:
         ValueError: for a tensor with gaps, whose memory a kernel would walk through all the same.
     """
-    for tensor in tensors:
-        if not tensor.is_contiguous():
-            raise ValueError(
-                f"A tensor of shape {tuple(tensor.shape)} and stride {tensor.stride()} is not contiguous, and flat "
-                "kernels take contiguous tensors only. Pass tensor.contiguous(), and copy back what was written."
-            )
+    check_contiguous(tensors)
     places = [tensor.data_ptr() for tensor in tensors]
     pairs = list(zip(places, partners or [0] * len(tensors), strict=True))
     rows = [
@@ -35,6 +30,20 @@ def table_of(tensors: Sequence[torch.Tensor], block: int, partners: Sequence[int
         for tensor, pair in zip(tensors, pairs, strict=True)
     ]
     return _TABLES.table(rows, block, tensors[0].device)
+
+
+def check_contiguous(tensors: Sequence[torch.Tensor]) -> None:
+    """Check that a kernel may walk through the tensors' memory.
+
+    Raises:
+        ValueError: for one with gaps.
+    """
+    for tensor in tensors:
+        if not tensor.is_contiguous():
+            raise ValueError(
+                f"A tensor of shape {tuple(tensor.shape)} and stride {tensor.stride()} is not contiguous, and flat "
+                "kernels take contiguous tensors only. Pass tensor.contiguous(), and copy back what was written."
+            )
 
 
 def by_dtype(tensors: Sequence[torch.Tensor]) -> list[list[int]]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from lit_zero.kernels.choice import runs_kernel
-from lit_zero.kernels.many import by_dtype
+from lit_zero.kernels.many import by_dtype, check_contiguous
 
 
 def pack(tensors: Sequence[torch.Tensor], flat: torch.Tensor, starts: Sequence[int] | None = None) -> None:
@@ -18,7 +18,7 @@ def pack(tensors: Sequence[torch.Tensor], flat: torch.Tensor, starts: Sequence[i
         starts: the element of ``flat`` at which each tensor begins; by default they lie end to end from 0.
 
     Raises:
-        ValueError: for a place outside ``flat``.
+        ValueError: for a place outside ``flat``, or a tensor that is not contiguous.
     """
     _move(tensors, flat, starts, to_flat=True)
 
@@ -29,6 +29,7 @@ def unpack(flat: torch.Tensor, tensors: Sequence[torch.Tensor], starts: Sequence
 
 
 def _move(tensors: Sequence[torch.Tensor], flat: torch.Tensor, starts: Sequence[int] | None, to_flat: bool) -> None:
+    check_contiguous([flat])
     starts = end_to_end(tensors) if starts is None else starts
     for tensor, start in zip(tensors, starts, strict=True):
         if not 0 <= start <= flat.numel() - tensor.numel():

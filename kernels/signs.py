@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from lit_zero.kernels.choice import runs_kernel
+from lit_zero.kernels.many import check_contiguous
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,16 @@ def pack_signs(values: torch.Tensor, error: torch.Tensor, block: int = 2048) -> 
         block: elements that share a scale, a multiple of 8.
 
     Raises:
-        ValueError: for a block that is none.
+        ValueError: for a block that is none, or tensors that do not fit.
     """
     if block < 8 or block % 8:
         raise ValueError(f"block={block} is not valid: expected a positive multiple of 8 elements.")
+    if error.dtype != torch.float32 or error.numel() != values.numel():
+        raise ValueError(
+            f"error has {error.numel()} elements of {error.dtype}: expected {values.numel()} of torch.float32, one for "
+            "each value."
+        )
+    check_contiguous([values, error])
     if runs_kernel(values):
         from lit_zero.kernels.triton_signs import launch_pack
 
@@ -65,9 +72,15 @@ def unpack_signs(signs: Signs, out: torch.Tensor | None = None) -> torch.Tensor:
     Args:
         signs: the bits.
         out: receives them, contiguous, shape ``[n]``, fp32, bf16 or fp16; by default fp32.
+
+    Raises:
+        ValueError: for an ``out`` of another length, or with gaps.
     """
     if out is None:
         out = torch.empty(signs.numel, dtype=torch.float32, device=signs.bits.device)
+    if out.numel() != signs.numel:
+        raise ValueError(f"out has {out.numel()} elements: expected {signs.numel}, one for each sign.")
+    check_contiguous([out])
     if runs_kernel(out):
         from lit_zero.kernels.triton_signs import launch_unpack
 

@@ -80,3 +80,4 @@ def small_step(
 
     for each in found.values():
         launch(rule, each, groups, tables)
+        torch.autograd.graph.increment_version([segment.param.values for segment in each])  # autograd has not seen it

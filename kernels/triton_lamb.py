@@ -162,10 +162,11 @@ def launch_moments(pieces: Sequence[LambPiece]) -> torch.Tensor:
     totals = torch.zeros(len(rows), 2, dtype=torch.float64, device=device)
     if len(table.owners):
         sums = torch.empty(len(table.owners), 2, dtype=torch.float32, device=device)
-        _moments[(len(table.owners),)](
-            table.rows, table.owners, _uploaded(numbers, device), sums, **_formats(pieces), **_sizes(table)
-        )
-        _add_up[(len(rows),)](table.rows, sums, totals, WIDTH=table.width, BLOCK=_BLOCK, SUMS=_SUMS, **OPTIONS)
+        with torch.cuda.device_of(totals):
+            _moments[(len(table.owners),)](
+                table.rows, table.owners, _uploaded(numbers, device), sums, **_formats(pieces), **_sizes(table)
+            )
+            _add_up[(len(rows),)](table.rows, sums, totals, WIDTH=table.width, BLOCK=_BLOCK, SUMS=_SUMS, **OPTIONS)
     return totals[: len(pieces)]
 
 
@@ -180,9 +181,10 @@ def launch_apply(pieces: Sequence[LambPiece], ratios: torch.Tensor) -> None:
     table = _TABLES.table([_row(piece, 0, piece.param.numel(), numbers) for piece in pieces], _BLOCK, device)
     if len(table.owners):
         formats = {key: value for key, value in _formats(pieces).items() if key != "GRAD"}
-        _apply[(len(table.owners),)](
-            table.rows, table.owners, _uploaded(numbers, device), ratios, **formats, **_sizes(table)
-        )
+        with torch.cuda.device_of(ratios):
+            _apply[(len(table.owners),)](
+                table.rows, table.owners, _uploaded(numbers, device), ratios, **formats, **_sizes(table)
+            )
 
 
 def _row(piece: LambPiece, first: int, last: int, numbers: dict[tuple[float, ...], int]) -> Row:

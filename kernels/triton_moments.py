@@ -107,28 +107,31 @@ def to_bfloat16(values: torch.Tensor, out: torch.Tensor, draw: Draw) -> None:
     numel, (seed, on_device) = values.numel(), _seed(draw)
     if numel:
         grid = (triton.cdiv(numel, _BLOCK),)
-        _to_bfloat16[grid](values, out.view(torch.int16), seed, numel, DEVICE_SEED=on_device, BLOCK=_BLOCK)
+        with torch.cuda.device_of(values):
+            _to_bfloat16[grid](values, out.view(torch.int16), seed, numel, DEVICE_SEED=on_device, BLOCK=_BLOCK)
 
 
 def to_int8(values: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, signed: bool, draw: Draw | None) -> None:
     """Run the kernel of ``moments.to_int8``."""
     seed, on_device = (0, False) if draw is None else _seed(draw)
     if blocks := scales.numel():
-        _to_int8[(triton.cdiv(blocks, _ROWS),)](
-            values,
-            codes,
-            scales,
-            seed,
-            blocks,
-            SIGNED=signed,
-            RANDOM=draw is not None,
-            DEVICE_SEED=on_device,
-            ROWS=_ROWS,
-        )
+        with torch.cuda.device_of(values):
+            _to_int8[(triton.cdiv(blocks, _ROWS),)](
+                values,
+                codes,
+                scales,
+                seed,
+                blocks,
+                SIGNED=signed,
+                RANDOM=draw is not None,
+                DEVICE_SEED=on_device,
+                ROWS=_ROWS,
+            )
 
 
 def from_int8(codes: torch.Tensor, scales: torch.Tensor, signed: bool, out: torch.Tensor) -> None:
     """Run the kernel of ``moments.from_int8``."""
     if numel := out.numel():
         values = table(signed, out.device)
-        _from_int8[(triton.cdiv(numel, _BLOCK),)](codes, scales, values, out, numel, BLOCK=_BLOCK)
+        with torch.cuda.device_of(out):
+            _from_int8[(triton.cdiv(numel, _BLOCK),)](codes, scales, values, out, numel, BLOCK=_BLOCK)

@@ -53,13 +53,14 @@ def launch(tensors: Sequence[torch.Tensor], flat: torch.Tensor, starts: Sequence
     places = [flat.data_ptr() + start * flat.element_size() for start in starts]
     table = table_of(tensors, _BLOCK, places, reverse=not to_flat)
     ends = (tensors[0].dtype, flat.dtype) if to_flat else (flat.dtype, tensors[0].dtype)
-    _move[(len(table.owners),)](
-        table.rows,
-        table.owners,
-        SOURCE=DTYPES[ends[0]],
-        TARGET=DTYPES[ends[1]],
-        WIDTH=table.width,
-        HEAD=HEAD,
-        BLOCK=_BLOCK,
-        **OPTIONS,
-    )
+    with torch.cuda.device_of(flat):
+        _move[(len(table.owners),)](
+            table.rows,
+            table.owners,
+            SOURCE=DTYPES[ends[0]],
+            TARGET=DTYPES[ends[1]],
+            WIDTH=table.width,
+            HEAD=HEAD,
+            BLOCK=_BLOCK,
+            **OPTIONS,
+        )

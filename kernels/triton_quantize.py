@@ -120,9 +120,20 @@ def launch_quantize(flat: torch.Tensor, scheme: Scheme, seed: int | None) -> tup
     if numel:
         tile, grid = _tile(scheme, blocks)
         table, zero = _table(scheme, flat.device)
-        _quantize[grid](
-            flat, codes, scales, table, numel, blocks, seed or 0, zero, **tile, STOCHASTIC=seed is not None, **OPTIONS
-        )
+        with torch.cuda.device_of(flat):
+            _quantize[grid](
+                flat,
+                codes,
+                scales,
+                table,
+                numel,
+                blocks,
+                seed or 0,
+                zero,
+                **tile,
+                STOCHASTIC=seed is not None,
+                **OPTIONS,
+            )
     return codes, scales
 
 
@@ -131,17 +142,18 @@ def launch_dequantize(quantized: Quantized, scales: torch.Tensor, out: torch.Ten
     if quantized.numel:
         tile, grid = _tile(quantized.scheme, scales.numel())
         table, _ = _table(quantized.scheme, out.device)
-        _dequantize[grid](
-            quantized.codes,
-            scales,
-            table,
-            out,
-            quantized.numel,
-            scales.numel(),
-            **tile,
-            DTYPE=DTYPES[out.dtype],
-            **OPTIONS,
-        )
+        with torch.cuda.device_of(out):
+            _dequantize[grid](
+                quantized.codes,
+                scales,
+                table,
+                out,
+                quantized.numel,
+                scales.numel(),
+                **tile,
+                DTYPE=DTYPES[out.dtype],
+                **OPTIONS,
+            )
 
 
 def _tile(scheme: Scheme, blocks: int) -> tuple[dict[str, int], tuple[int]]:

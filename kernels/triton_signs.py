@@ -78,7 +78,8 @@ def launch_pack(values: torch.Tensor, error: torch.Tensor, block: int) -> tuple[
     scales = torch.empty(blocks, dtype=torch.float32, device=values.device)
     if numel:
         tile, grid = _tile(block, blocks)
-        _pack[grid](values, error, bits, scales, numel, blocks, **tile, **OPTIONS)
+        with torch.cuda.device_of(values):
+            _pack[grid](values, error, bits, scales, numel, blocks, **tile, **OPTIONS)
     return bits, scales
 
 
@@ -87,7 +88,10 @@ def launch_unpack(signs: Signs, out: torch.Tensor) -> None:
     if signs.numel:
         blocks = signs.scales.numel()
         tile, grid = _tile(signs.block, blocks)
-        _unpack[grid](signs.bits, signs.scales, out, signs.numel, blocks, **tile, DTYPE=DTYPES[out.dtype], **OPTIONS)
+        with torch.cuda.device_of(out):
+            _unpack[grid](
+                signs.bits, signs.scales, out, signs.numel, blocks, **tile, DTYPE=DTYPES[out.dtype], **OPTIONS
+            )
 
 
 def _tile(block: int, blocks: int) -> tuple[dict[str, int], tuple[int]]:

@@ -36,29 +36,30 @@ def launch(rule: str, segments: Sequence[SmallSegment], groups: Sequence[Sequenc
     seeds = tables.seeds([[_seed(moment) for moment in segment.moments] or [0] for segment in segments], device)
     numbers = tables.numbers(groups, device)
     forms = [moment.form for moment in first.moments] + [0, 0]
-    walk_small[(rows.owners.numel(),)](
-        rows.rows,
-        rows.owners,
-        rows.counters,
-        numbers,
-        seeds,
-        table(True, device),
-        table(False, device),
-        RULE=getattr(triton_rules, rule),
-        STATES=len(first.moments),
-        PARAM=first.param.form,
-        GRAD=_GRADS[first.grad.dtype],
-        FIRST=forms[0],
-        SECOND=forms[1],
-        COUNTED=first.step is not None,
-        WIDTH=rows.width,
-        NUMBERS=numbers.shape[1],
-        SEEDS=seeds.shape[1],
-        HEAD=HEAD,
-        ROWS=ROWS,
-        num_warps=WARPS,
-        enable_fp_fusion=True,
-    )
+    with torch.cuda.device_of(first.grad):
+        walk_small[(rows.owners.numel(),)](
+            rows.rows,
+            rows.owners,
+            rows.counters,
+            numbers,
+            seeds,
+            table(True, device),
+            table(False, device),
+            RULE=getattr(triton_rules, rule),
+            STATES=len(first.moments),
+            PARAM=first.param.form,
+            GRAD=_GRADS[first.grad.dtype],
+            FIRST=forms[0],
+            SECOND=forms[1],
+            COUNTED=first.step is not None,
+            WIDTH=rows.width,
+            NUMBERS=numbers.shape[1],
+            SEEDS=seeds.shape[1],
+            HEAD=HEAD,
+            ROWS=ROWS,
+            num_warps=WARPS,
+            enable_fp_fusion=True,
+        )
 
 
 def _seed(moment: Array) -> int:

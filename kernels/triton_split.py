@@ -43,10 +43,12 @@ def _join(copy, remainder, out, numel, BLOCK: tl.constexpr):  # type: ignore[no-
 def split(master: torch.Tensor, copy: torch.Tensor, remainder: torch.Tensor) -> None:
     """Run the kernel of ``split.split``."""
     if numel := master.numel():
-        _split[(triton.cdiv(numel, _BLOCK),)](master, copy.view(torch.int16), remainder, numel, BLOCK=_BLOCK)
+        with torch.cuda.device_of(master):
+            _split[(triton.cdiv(numel, _BLOCK),)](master, copy.view(torch.int16), remainder, numel, BLOCK=_BLOCK)
 
 
 def join(copy: torch.Tensor, remainder: torch.Tensor, out: torch.Tensor) -> None:
     """Run the kernel of ``split.join``."""
     if numel := out.numel():
-        _join[(triton.cdiv(numel, _BLOCK),)](copy.view(torch.int16), remainder, out, numel, BLOCK=_BLOCK)
+        with torch.cuda.device_of(out):
+            _join[(triton.cdiv(numel, _BLOCK),)](copy.view(torch.int16), remainder, out, numel, BLOCK=_BLOCK)

@@ -67,18 +67,19 @@ def launch(tensors: Sequence[torch.Tensor], scale: torch.Tensor | None, found_in
     dtype, table = tensors[0].dtype, table_of(tensors, _BLOCK)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     sums = torch.empty(len(table.owners), dtype=wide, device=tensors[0].device)
-    _unscale[(len(sums),)](
-        table.rows,
-        table.owners,
-        sums if scale is None else scale,
-        sums if found_inf is None else found_inf,
-        sums,
-        DTYPE=DTYPES[dtype],
-        SCALES=scale is not None,
-        FINDS=found_inf is not None,
-        WIDTH=table.width,
-        HEAD=HEAD,
-        BLOCK=_BLOCK,
-        **OPTIONS,
-    )
+    with torch.cuda.device_of(sums):
+        _unscale[(len(sums),)](
+            table.rows,
+            table.owners,
+            sums if scale is None else scale,
+            sums if found_inf is None else found_inf,
+            sums,
+            DTYPE=DTYPES[dtype],
+            SCALES=scale is not None,
+            FINDS=found_inf is not None,
+            WIDTH=table.width,
+            HEAD=HEAD,
+            BLOCK=_BLOCK,
+            **OPTIONS,
+        )
     return sums.sum(dtype=torch.float64)

@@ -51,6 +51,10 @@ def walk_segments(
             table = tables.table([_row(segment) for segment in each], BLOCK, device)
             if table.owners.numel():
                 launch(rule, table, formats, numbers, grad_scale, found_inf, each[0].step is not None)
+    for segment in segments:
+        if segment.step is not None and not segment.param.numel():  # it has no block that would count
+            segment.step.add_(1.0 if found_inf is None else (found_inf == 0).float())
+    torch.autograd.graph.increment_version([segment.param for segment in segments])  # a kernel writes behind its back
 
 
 def launch(

@@ -10,7 +10,10 @@ from lit_zero.kernels.many import by_dtype
 
 
 def unscale(
-    tensors: Sequence[torch.Tensor], scale: torch.Tensor | None = None, found_inf: torch.Tensor | None = None
+    tensors: Sequence[torch.Tensor],
+    scale: torch.Tensor | None = None,
+    found_inf: torch.Tensor | None = None,
+    device: torch.device | None = None,
 ) -> torch.Tensor:
     """Multiply all tensors by ``scale``, in place, and return the sum of the squares of the products; 0-d, fp64.
 
@@ -26,12 +29,15 @@ def unscale(
         scale: 0-d, fp32, on the tensors' device; ``None``: only look.
         found_inf: 0-d, fp32, on the tensors' device: becomes 1 if an element was infinite or NaN before it was scaled,
             and stays as it is otherwise.
+        device: where the sum of no tensors is to lie; that of empty ones lies where they do.
     """
     filled = [tensor for tensor in tensors if tensor.numel()]
     if filled and runs_kernel(filled[0]):
         from lit_zero.kernels.triton_unscale import launch
 
         return torch.stack([launch([filled[n] for n in same], scale, found_inf) for same in by_dtype(filled)]).sum()
+    if not filled:
+        return torch.zeros((), dtype=torch.float64, device=tensors[0].device if tensors else device)
     return unscale_reference(filled, scale, found_inf)
 
 
@@ -48,5 +54,4 @@ def unscale_reference(
             product = product * scale.to(product.dtype)
             tensor.copy_(product)
         sums.append(torch.linalg.vector_norm(product, dtype=torch.float64).square())
-    device = tensors[0].device if tensors else torch.device("cpu")
-    return torch.stack(sums).sum() if sums else torch.zeros((), dtype=torch.float64, device=device)
+    return torch.stack(sums).sum() if sums else torch.zeros((), dtype=torch.float64)

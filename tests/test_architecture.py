@@ -47,6 +47,7 @@ ALLOWED: dict[str, set[str]] = {
         "lit_zero.activation",
         "lit_zero.layers",
         "lit_zero.offload",
+        "lit_zero.optim",
         "lit_zero.config.jobs",  # the command line that a rank is launched with depends on the Hydra job it belongs to
         "lit_zero.config.validate",  # one check of the number of processes, for Hydra users and for Trainer users
     },

@@ -228,7 +228,7 @@ class OptimizerSchema(Factory):
 class FusedSchema(OptimizerSchema):
     """What an optimizer has that steps by fused kernels or not."""
 
-    fused: str = MISSING
+    fused: str | None = MISSING
 
 
 @dataclass

@@ -46,6 +46,7 @@ def validate(cfg: DictConfig) -> None:
         _check_at_least(cfg, 0, "trainer.gradient_clip_val")
     if _target(cfg, "optimizer").startswith(("torch.optim.", "lit_zero.optim.")):
         _check_at_least(cfg, 0, "optimizer.lr", "optimizer.weight_decay")
+        _check_fused(cfg)
     if _target(cfg, "data") == "text_data.TextDataModule":
         _check_at_least(cfg, 1, "data.batch_size", "data.block_size", "data.vocab_size")
         _check_at_least(cfg, 0, "data.num_workers")
@@ -214,6 +215,15 @@ def _check_at_least(cfg: DictConfig, least: int, *keys: str) -> None:
         value = _get(cfg, key)
         if isinstance(value, int | float) and value < least:
             raise ConfigError(f"{key}={value} is not valid: expected a number of at least {least}.")
+
+
+def _check_fused(cfg: DictConfig) -> None:
+    target, fused = _target(cfg, "optimizer"), _get(cfg, "optimizer.fused")
+    if target.startswith("torch.optim.") and isinstance(fused, str):
+        raise ConfigError(
+            f"optimizer.fused={fused} is a word of lit_zero.optim's classes, and optimizer._target_={target} would "
+            "take any word for True. Use optimizer.fused=null, and for fused kernels strategy.fused=auto."
+        )
 
 
 def _check_model(cfg: DictConfig) -> None:

@@ -18,9 +18,9 @@ class Adagrad(Flat, torch.optim.Adagrad):
 
     plain, rule = torch.optim.Adagrad, "adagrad_rule"
 
-    def __init__(self, params: Any, *args: Any, fused: str = "auto", **kwargs: Any) -> None:
+    def __init__(self, params: Any, *args: Any, fused: str | bool | None = "auto", **kwargs: Any) -> None:
         super().__init__(params, *args, fused=fused, **kwargs)
-        if fused == "auto":
+        if self._fused == "auto":
             self.state.clear()
 
     def _keys(self, group: dict[str, Any]) -> Sequence[str]:

@@ -17,6 +17,7 @@ from lit_zero.kernels.segments import STEPPED
 from lit_zero.kernels.small import DITHERED, PLAIN, ROUNDED, SIGNED, SPLIT, UNSIGNED, Array, SmallSegment, small_step
 
 FUSED = ("auto", "none")
+_TORCHS = {True: "auto", False: "none", None: "none"}  # what torch's classes take, in our words
 _OTHERS = ("foreach", "capturable", "differentiable")  # other ways to step that torch's classes have
 
 
@@ -30,7 +31,10 @@ class Flat(torch.optim.Optimizer):
     Args:
         params: as of torch's class.
         args: as of torch's class.
-        fused: ``auto``, or ``none`` for what torch's class does by default.
+        fused: ``auto``, or ``none`` for what torch's class does by default; ``True``, ``False`` and ``None``, as torch
+            has it, mean the one and the other. With ``auto`` a loss scaler gives the step its scale, and for such an
+            optimizer Lightning refuses ``gradient_clip_val`` outside of lit_zero's strategies (as ``ddp`` with
+            ``precision="16-mixed"``): take ``none`` there.
         kwargs: as of torch's class.
 
     Raises:
@@ -45,11 +49,12 @@ class Flat(torch.optim.Optimizer):
     _copies: Mapping[nn.Parameter, torch.Tensor] = MappingProxyType({})
     has_copied = False
 
-    def __init__(self, params: Any, *args: Any, fused: str = "auto", **kwargs: Any) -> None:
+    def __init__(self, params: Any, *args: Any, fused: str | bool | None = "auto", **kwargs: Any) -> None:
         self._choose(fused, kwargs)
-        super().__init__(params, *args, fused=fused == "auto" or None, **kwargs)  # type: ignore[call-arg]
+        super().__init__(params, *args, fused=self._fused == "auto" or None, **kwargs)  # type: ignore[call-arg]
 
-    def _choose(self, fused: str, settings: dict[str, Any]) -> None:
+    def _choose(self, fused: Any, settings: dict[str, Any]) -> None:
+        fused = _TORCHS[fused] if fused is None or isinstance(fused, bool) else fused
         check_choice("optimizer.fused", fused, FUSED)
         if fused == "auto":
             refuse_other_ways(type(self).__name__, settings)
@@ -126,8 +131,9 @@ class Flat(torch.optim.Optimizer):
         self.has_copied = False
         for group in self.param_groups:
             if "fused" in self.defaults:  # the groups of a checkpoint may have been of another mind
-                group["fused"] = not self._needs_walk(group) and all(map(_is_torchs_own, group["params"]))
-        own = any(self._needs_walk(group) for group, _ in held) and all(_is_flat(param) for _, param in held)
+                group["fused"] = not self._needs_walk(group) and all(map(is_torchs_own, group["params"]))
+        own = any(self._needs_walk(group) or _is_mixed(param) for group, param in held)
+        own = own and all(_is_flat(param) for _, param in held)
         if held and (own or all(_is_kernels(param) for _, param in held)):
             self._walk(held)
         else:
@@ -262,6 +268,11 @@ def _is_flat(param: nn.Parameter) -> bool:
     return param.grad is not None and param.grad.layout == torch.strided and is_dense(param)
 
 
+def _is_mixed(param: nn.Parameter) -> bool:
+    """Return whether the gradient has another dtype, which no step of torch's takes."""
+    return param.grad is not None and param.grad.dtype != param.dtype
+
+
 def _is_kernels(param: nn.Parameter) -> bool:
     """Return whether a kernel of ours steps a parameter."""
     grad = param.grad
@@ -269,16 +280,16 @@ def _is_kernels(param: nn.Parameter) -> bool:
     return known and runs_kernel(param) and _is_flat(param)
 
 
-def _is_torchs_own(param: torch.Tensor) -> bool:
+def is_torchs_own(param: torch.Tensor) -> bool:
     """Return whether torch's fused kernels can step a parameter. Those for a CPU walk through memory as if parameter
-    and gradient filled it in one order, and check neither.
+    and gradient filled it in one order and in one dtype, and check nothing; those for a GPU refuse what does not.
     """
     grad = param.grad
     if grad is None:
         return True
-    if not param.is_floating_point() or grad.layout != torch.strided:
+    if not param.is_floating_point() or grad.layout != torch.strided or grad.dtype != param.dtype:
         return False
-    return param.is_cuda or (is_dense(param) and same_order(grad, param))
+    return is_dense(param) and same_order(grad, param)
 
 
 def is_dense(tensor: torch.Tensor) -> bool:

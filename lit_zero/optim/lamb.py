@@ -11,7 +11,7 @@ from lit_zero.core.errors import UnsupportedError
 from lit_zero.core.shards import WholeParameters
 from lit_zero.kernels.lamb import LambGroup, LambPiece, lamb_apply, lamb_moments
 from lit_zero.optim.settings import check_settings
-from lit_zero.optim.state import with_moments
+from lit_zero.optim.state import MOMENTS, with_moments
 
 
 class LAMB(WholeParameters, torch.optim.Optimizer):
@@ -57,13 +57,15 @@ class LAMB(WholeParameters, torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        pieces = []
+        pieces: dict[torch.device, list[LambPiece]] = {}
         for group in self.param_groups:
             lr, others = float(group["lr"]), (group["eps"], group["weight_decay"], group["adapt"])
             settings = LambGroup(lr, *group["betas"], *others)
-            pieces += [self._piece(param, settings) for param in group["params"] if param.grad is not None]
-        if pieces:
-            lamb_apply(pieces, self.shards.sum(lamb_moments(pieces)))
+            for param in group["params"]:
+                if param.grad is not None:
+                    pieces.setdefault(param.device, []).append(self._piece(param, settings))
+        for each in pieces.values():
+            lamb_apply(each, self.shards.sum(lamb_moments(each)))
         return loss
 
     def _piece(self, param: torch.Tensor, settings: LambGroup) -> LambPiece:
@@ -74,5 +76,8 @@ class LAMB(WholeParameters, torch.optim.Optimizer):
             )
         state = with_moments(self.state[param], param)
         assert param.grad is not None
-        flat = [each.reshape(-1) for each in (param, param.grad, state["exp_avg"], state["exp_avg_sq"])]
+        for key in MOMENTS:
+            state[key] = state[key].contiguous()  # what has been loaded may lie in another order, and is written here
+        moments = state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)
+        flat = param.view(-1), param.grad.reshape(-1), *moments
         return LambPiece(settings, *flat, step=state["step"], own=self.shards.own(param))

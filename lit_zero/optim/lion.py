@@ -42,7 +42,7 @@ class Lion(Flat):
         weight_decay: float = 0.0,
         *,
         maximize: bool = False,
-        fused: str = "auto",
+        fused: str | bool | None = "auto",
     ) -> None:
         if not lr >= 0.0 or not weight_decay >= 0.0:
             raise ConfigError(f"Lion: lr={lr}, weight_decay={weight_decay} are not valid: expected at least 0.")

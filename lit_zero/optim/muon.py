@@ -12,8 +12,9 @@ from torch.optim.adamw import adamw
 from lit_zero.core.errors import check_choice
 from lit_zero.core.shards import WholeParameters
 from lit_zero.kernels.newton_schulz import COEFFICIENTS, orthogonalize
-from lit_zero.optim.settings import check_settings
-from lit_zero.optim.state import with_moments
+from lit_zero.optim.flat import is_torchs_own, same_order
+from lit_zero.optim.settings import check_length, check_settings
+from lit_zero.optim.state import MOMENTS, with_moments
 
 SCALES: dict[str, Callable[[int, int], float]] = {
     "original": lambda rows, columns: math.sqrt(max(1.0, rows / columns)),
@@ -87,6 +88,11 @@ class Muon(WholeParameters, torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         settings = {**self.defaults, **param_group}
         check_settings(settings)
+        check_length("ns_coefficients", settings["ns_coefficients"], 3)
+        if settings["ns_steps"] < 1:
+            raise ValueError(
+                f"optimizer.ns_steps={settings['ns_steps']!r} is not valid: expected a whole number of at least 1."
+            )
         check_choice("adjust_lr_fn", settings["adjust_lr_fn"], SCALES)
         check_choice("ns_dtype", settings["ns_dtype"], DTYPES)
         super().add_param_group(param_group)
@@ -148,6 +154,8 @@ class Muon(WholeParameters, torch.optim.Optimizer):
         if not params:
             return
         states = [with_moments(self.state[param], param) for param in params]
+        moments = [(param, state[key]) for param, state in zip(params, states, strict=True) for key in MOMENTS]
+        in_order = all(map(is_torchs_own, params)) and all(same_order(value, param) for param, value in moments)
         adamw(
             params,
             [param.grad for param in params if param.grad is not None],
@@ -155,7 +163,7 @@ class Muon(WholeParameters, torch.optim.Optimizer):
             [state["exp_avg_sq"] for state in states],
             [],
             [state["step"] for state in states],
-            fused=True,  # one pass over memory, on a CPU too
+            fused=in_order,  # one pass over memory, on a CPU too
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],

@@ -26,11 +26,9 @@ from lit_zero.comm.open import open_exchange
 from lit_zero.comm.policy import Comm
 from lit_zero.core.errors import LitZeroError, UnsupportedError
 from lit_zero.layers.policy import Layers
-from lit_zero.layers.replacing import Replacement
 from lit_zero.offload.policy import Offload
 from lit_zero.precision.policy import Lowering, Precision
 from lit_zero.strategy import fabric_checkpoints
-from lit_zero.strategy.activations import Activations
 from lit_zero.strategy.fabric_checkpoints import Managed, ManagedModule
 from lit_zero.strategy.flavour import (
     _BackwardSyncControl,
@@ -39,7 +37,7 @@ from lit_zero.strategy.flavour import (
     fabric_strategies,
 )
 from lit_zero.strategy.launcher import new_job
-from lit_zero.strategy.layers import refuse_max_norm, refuse_sparse_optimizers
+from lit_zero.strategy.layers import refuse_max_norm
 from lit_zero.strategy.precision import agreeing_scaler, lowered_dtype
 from lit_zero.strategy.processes import choose_launcher
 from lit_zero.strategy.ranked import Ranked
@@ -82,6 +80,7 @@ class FabricZeroStrategy(Ranked, fabric_strategies.ParallelStrategy):
         nonfinite_loss: what becomes of a loss that is NaN or infinite.
         timeout: seconds, or a timedelta, that a collective waits for a rank that does not come.
         process_group_backend: by default what serves the device.
+        fused: whether torch's optimizers step by fused kernels.
         kwargs: what Lightning passes to every parallel strategy. Arguments that only a Trainer knows may have their
             defaults.
 
@@ -105,6 +104,7 @@ class FabricZeroStrategy(Ranked, fabric_strategies.ParallelStrategy):
         process_group_backend: str | None = None,
         activation: str | Activation = "none",
         layers: str | Layers = "plain",
+        fused: Literal["auto", "none"] = "none",
         **kwargs: Any,
     ) -> None:
         new_job()
@@ -116,7 +116,7 @@ class FabricZeroStrategy(Ranked, fabric_strategies.ParallelStrategy):
         self._settle(
             zero, precision, comm, checkpoint, offload, nonfinite_loss, "error", timeout, process_group_backend
         )
-        self.activations, self.layers = Activations(activation), Replacement(layers)
+        self._apply(activation, layers, fused)
         self._managed = Managed()
         self._backward_sync_control = _NoReduce(self._managed)
         if self._checkpoint_io is not None:
@@ -190,7 +190,7 @@ class FabricZeroStrategy(Ranked, fabric_strategies.ParallelStrategy):
 
     def setup_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         """Shard an optimizer of a module that was set up before."""
-        refuse_sparse_optimizers([optimizer])
+        self.take_optimizers([optimizer])
         params = {param for group in optimizer.param_groups for param in group["params"]}
         for each in self._managed:
             if params <= set(each.module.parameters()):
@@ -205,7 +205,7 @@ class FabricZeroStrategy(Ranked, fabric_strategies.ParallelStrategy):
     def _manage(self, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> ManagedModule:
         self._managed.refuse_shared(module)
         refuse_max_norm(module, self.data_parallel_size)
-        refuse_sparse_optimizers(optimizers)
+        self.take_optimizers(optimizers)
         previous = Engine.of(module)
         if previous is not None:  # of another Fabric
             previous.detach()

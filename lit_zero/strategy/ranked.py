@@ -7,6 +7,7 @@ and what ``Ranked`` says then holds for both.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -20,14 +21,17 @@ from lit_zero.comm.meeting import open_store
 from lit_zero.comm.policy import Comm
 from lit_zero.core.errors import LitZeroError, check_choice
 from lit_zero.core.keeping import Keeping
+from lit_zero.layers.policy import Layers
 from lit_zero.layers.replacing import Replacement
 from lit_zero.offload.open import open_keeping
 from lit_zero.offload.policy import Offload
+from lit_zero.optim import fuse
 from lit_zero.precision.policy import Lowering, Precision
 from lit_zero.precision.small import Small
 from lit_zero.strategy.activations import Activations
 from lit_zero.strategy.arguments import duration, instance
 from lit_zero.strategy.flavour import _init_dist_connection, fabric_rank_zero_only, rank_zero_only, reset_seed
+from lit_zero.strategy.layers import refuse_sparse_optimizers
 from lit_zero.strategy.refusals import refuse_offload_without_shards, refuse_other_size, refuse_surplus_rank
 from lit_zero.strategy.small import refuse_offload_of_small_state
 from lit_zero.zero.policy import Placement, Row, Zero
@@ -46,11 +50,13 @@ class Ranked(_Base):
         data_parallel_size: ranks over which batches are divided.
         activations: the user's choice of what lives between forward and backward, at work.
         layers: the user's choice of what computes known layers, at work.
+        fused: ``auto``: optimizers of torch's step by fused kernels.
     """
 
     _num_nodes = 1
     activations: Activations
     layers: Replacement
+    fused: str
 
     def _settle(
         self,
@@ -81,6 +87,24 @@ class Ranked(_Base):
         if backend is not None:
             check_choice("process_group_backend", backend, ("gloo", "nccl", "cpu:gloo,cuda:nccl"))
         self.backend = backend
+
+    def _apply(self, activation: str | Activation, layers: str | Layers, fused: str) -> None:
+        """Check and take what changes the user's module and optimizers at setup."""
+        self.activations, self.layers = Activations(activation), Replacement(layers)
+        check_choice("fused", fused, ("auto", "none"))
+        self.fused = fused
+
+    def take_optimizers(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        """Look at optimizers before anything holds their groups, and let them step by fused kernels if the user wants
+        it.
+
+        Raises:
+            ConfigError: for one that has no fused step, see :func:`lit_zero.optim.fuse`.
+            UnsupportedError: for one that cannot be sharded.
+        """
+        refuse_sparse_optimizers(optimizers)
+        for optimizer in optimizers if self.fused == "auto" else ():
+            fuse(optimizer)
 
     def keeping(self) -> Keeping:
         """Return where the shards of an engine live, and in what form."""

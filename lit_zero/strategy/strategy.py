@@ -18,11 +18,9 @@ from lit_zero.comm.policy import Comm
 from lit_zero.comm.roll_call import RollCall
 from lit_zero.core.errors import LitZeroError, check_choice
 from lit_zero.layers.policy import Layers
-from lit_zero.layers.replacing import Replacement
 from lit_zero.offload.policy import Offload
 from lit_zero.pipeline.policy import Pipeline
 from lit_zero.precision.policy import Lowering, Precision
-from lit_zero.strategy.activations import Activations
 from lit_zero.strategy.arguments import instance
 from lit_zero.strategy.averaging import StochasticOnShards, WeightAveragingOnShards
 from lit_zero.strategy.becoming import BecomesFabric
@@ -30,7 +28,7 @@ from lit_zero.strategy.checkpoints import Checkpoints
 from lit_zero.strategy.finetuning import name_groups
 from lit_zero.strategy.flavour import TrainerFn, pl
 from lit_zero.strategy.launcher import new_job
-from lit_zero.strategy.layers import refuse_max_norm, refuse_norms_that_do_more, refuse_sparse_optimizers
+from lit_zero.strategy.layers import refuse_max_norm, refuse_norms_that_do_more
 from lit_zero.strategy.loading import Loading
 from lit_zero.strategy.manual import toggle_parameters, untouched
 from lit_zero.strategy.overlay import lay_over
@@ -85,6 +83,8 @@ class ZeroStrategy(BecomesFabric, Loading, Piping):
         start_method: how the Trainer starts the ranks: ``"popen"`` runs the script once more for each, ``"spawn"``,
             ``"fork"`` and ``"forkserver"`` hand its objects to new processes and bring back the trained weights.
             Notebooks need ``"fork"``.
+        fused: ``"auto"``: a ``torch.optim.AdamW``, ``Adam``, ``SGD`` or ``Adagrad`` becomes that of ``lit_zero.optim``
+            and steps by fused kernels; other classes are refused. ``"none"``: optimizers stay what they are.
         kwargs: what Lightning passes to every parallel strategy (``accelerator``, ``parallel_devices``,
             ``cluster_environment``, ...).
 
@@ -113,6 +113,7 @@ class ZeroStrategy(BecomesFabric, Loading, Piping):
         process_group_backend: str | None = None,
         evaluation: Literal["once", "lightning"] = "once",
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+        fused: Literal["auto", "none"] = "none",
         **kwargs: Any,
     ) -> None:
         self._remember(locals())
@@ -121,7 +122,7 @@ class ZeroStrategy(BecomesFabric, Loading, Piping):
         self._settle(
             zero, precision, comm, checkpoint, offload, nonfinite_loss, nonfinite_norm, timeout, process_group_backend
         )
-        self.activations, self.layers = Activations(activation), Replacement(layers)
+        self._apply(activation, layers, fused)
         check_choice("start_method", start_method, ("popen", "spawn", "fork", "forkserver"))
         self._start_method = start_method
         self._open_stages(Pipeline(pipeline) if isinstance(pipeline, str) else instance("pipeline", pipeline, Pipeline))
@@ -210,7 +211,7 @@ class ZeroStrategy(BecomesFabric, Loading, Piping):
         if fitting:
             self.setup_optimizers(trainer)
             refuse_no_optimizer(self.optimizers)
-            refuse_sparse_optimizers(self.optimizers)
+            self.take_optimizers(self.optimizers)
             for config in (each for each in self.lr_scheduler_configs if each.interval == "step"):
                 hold_with_skipped_steps(config.scheduler, self.precision_plugin)
             check_small_state(self.precision_policy, str(self.precision_plugin.precision), trainer)

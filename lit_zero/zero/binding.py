@@ -36,7 +36,12 @@ class Binding(Walking, States):
         lanes: all trainable lanes.
         shaped: give every parameter a segment of its own in its real shape (whole masters only): serves any optimizer.
         absent: parameters that other ranks of a pipeline hold.
+
+    Attributes:
+        post_hook: the number of the engine's hook among the optimizer's.
     """
+
+    post_hook: int | None = None
 
     def __init__(
         self,
@@ -81,8 +86,12 @@ class Binding(Walking, States):
                     yield lane, part.entry, part.local, part.local + part.length
 
     def _point(self) -> None:
+        ours = {segment.param for segment in self.segments}
         self.segments, self._groups = [], list(self.optimizer.param_groups)
         for group in self._groups:
+            for param in group["params"]:
+                if param not in ours:  # a state as long as the whole parameter (Adagrad makes it at once) is not read
+                    self.optimizer.state.pop(param, None)
             group["params"] = []
         if self.granular:
             for lane, entry, first, last in self._entries():
@@ -101,8 +110,12 @@ class Binding(Walking, States):
 
     @property
     def has_copied(self) -> bool:
-        """Whether the last step has brought the 2-byte copies of parameters up to date by itself."""
-        return isinstance(self.optimizer, TakesCopies) and self.optimizer.has_copied
+        """Whether the last step has brought the 2-byte copies of parameters up to date by itself, and no hook that ran
+        after it and before the engine's may have changed the masters.
+        """
+        hooks: Mapping[int, Any] = self.optimizer._optimizer_step_post_hooks
+        engines_is_first = next(iter(hooks), None) == self.post_hook
+        return engines_is_first and isinstance(self.optimizer, TakesCopies) and self.optimizer.has_copied
 
     def _hold(self, segment: Segment, number: int) -> None:
         if segment.lane.handed_dtype != segment.lane.master_dtype:
@@ -139,7 +152,7 @@ class Binding(Walking, States):
         self._point()
         for segment in self.segments:
             for old in before:
-                if old.lane is not segment.lane or not old.first <= segment.first < segment.last <= old.last:
+                if not segment.lies_in(old):
                     continue
                 cut = slice(segment.first - old.first, segment.last - old.first)
                 if old.param.grad is not None:

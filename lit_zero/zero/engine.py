@@ -167,7 +167,9 @@ class Engine(Clipping, Regrouping):
             self._handles.append(optimizer.register_state_dict_pre_hook(lambda _: refuse_stand_ins(binding)))
             run = Keeping().run if self._keep else self.keeping.run
             self._handles.append(binding.wrap_step(run, self.keeping.early))
-        self._handles.append(optimizer.register_step_post_hook(lambda *_: self._stepped(binding)))
+        handle = optimizer.register_step_post_hook(lambda *_: self._stepped(binding))
+        binding.post_hook = handle.id
+        self._handles.append(handle)
         self._handles.append(optimizer.register_load_state_dict_pre_hook(refuse_whole_state))
         return binding
 

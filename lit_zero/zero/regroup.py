@@ -34,11 +34,15 @@ class Regrouping(Contents):
     Attributes:
         model: the whole module.
         exchange: the data-parallel ranks.
+        everyone: all ranks.
+        device: where the model computes.
         row: the ZeRO stage.
     """
 
     model: nn.Module
     exchange: Exchange
+    everyone: Exchange
+    device: torch.device
     row: Row
     _training: bool
     _gatherer: Gatherer
@@ -69,7 +73,7 @@ class Regrouping(Contents):
         names_of = {param: name for name, param in self.model.named_parameters()}
         names = [binding.wanted(names_of) for binding in self.bindings]
         changed = number_groups(infos, names)
-        refuse_lost_state(changed, self.lanes, self.bindings)
+        refuse_lost_state(changed, infos, self.lanes, self.bindings, self.everyone, self.device)
         for info in thawed:
             info.trainable = info.group >= 0
         self._move([*changed, *thawed])
@@ -135,19 +139,31 @@ def move(
     unit.relane([lane for lane in unit.lanes if lane not in old] + new)
 
 
-def refuse_lost_state(changed: Sequence[ParamInfo], lanes: Sequence[Lane], bindings: Sequence[Binding]) -> None:
-    """Check that no parameter with an optimizer's state is about to move.
+def refuse_lost_state(
+    changed: Sequence[ParamInfo],
+    infos: Sequence[ParamInfo],
+    lanes: Sequence[Lane],
+    bindings: Sequence[Binding],
+    everyone: Exchange,
+    device: torch.device,
+) -> None:
+    """Check that no parameter is about to move whose state an optimizer of some rank holds. All ranks together: one
+    that has no share of a parameter has no state of it either, and must not go on alone.
 
     Raises:
-        UnsupportedError: naming it.
+        UnsupportedError: naming it, on every rank.
     """
+    moving = {info.name for info in changed}
+    lost = set[str]()
     for binding in bindings:
-        stepped = {id(segment.lane) for segment in binding.segments if binding.optimizer.state.get(segment.param)}
-        for lane in lanes:
-            moving = next((info.name for info in lane.infos if info in changed), None)
-            if moving is not None and id(lane) in stepped:
-                raise UnsupportedError(
-                    f"Parameter {moving!r} was moved to another parameter group after the optimizer had stepped with "
-                    "it; its state would be lost. Put it into its group in configure_optimizers, and change the "
-                    "group's learning rate instead."
-                )
+        stepped = {segment.lane for segment in binding.segments if binding.optimizer.state.get(segment.param)}
+        for lane in stepped.intersection(lanes):
+            lost |= {info.name for info in lane.infos if info.name in moving}
+    last = max((number for number, info in enumerate(infos) if info.name in lost), default=-1)
+    agreed = int(everyone.maximum(torch.tensor([last], device=device)).item())
+    if agreed >= 0:
+        raise UnsupportedError(
+            f"Parameter {infos[agreed].name!r} was moved to another parameter group after the optimizer had stepped "
+            "with it; its state would be lost. Put it into its group in configure_optimizers, and change the group's "
+            "learning rate instead."
+        )

@@ -48,6 +48,16 @@ class Segment:
         lo, hi = max(self.first, self.lane.start), min(self.last, self.lane.end)
         return slice(lo - self.first, max(lo, hi) - self.first)
 
+    def lies_in(self, other: Segment) -> bool:
+        """Return whether its elements are all in ``other``; if it stands for one parameter and has none here, whether
+        ``other`` stands for the same.
+        """
+        if self.lane is not other.lane:
+            return False
+        if self.entry is not None and other.entry is not None:
+            return self.entry.name == other.entry.name
+        return other.first <= self.first < self.last <= other.last
+
     def keep(self, key: str, dtype: torch.dtype, content: Content) -> torch.Tensor:
         """Make room for a state as the lane's keeper wants it; return what stands for it in the optimizer."""
         if key not in self.kept or self.kept[key].dtype != dtype:

@@ -33,6 +33,11 @@ STAGES = "Choose one of: none, stage1, stage2, stage3."
             ["zero.stgae=stage1"],
             "zero.stgae=stage1: 'zero' has no key 'stgae' here. Did you mean 'stage'? Choose one of: stage, units",
         ),
+        (
+            ["optimizer._target_=torch.optim.AdamW"],
+            "optimizer.fused=auto is a word of lit_zero.optim's classes, and optimizer._target_=torch.optim.AdamW "
+            "would take any word for True. Use optimizer.fused=null, and for fused kernels strategy.fused=auto.",
+        ),
         (["zero.stage=two"], f"zero.stage='two' is not known. {STAGES}"),
         (["zero.slots=3"], "zero.slots=3: 'zero' has no key 'slots' here. It exists with zero=stage3."),
         (

@@ -71,3 +71,9 @@ def test_a_place_outside_is_refused(start):
         f"A tensor of 5 elements was to lie from element {start} on in a flat buffer of 10. Make the buffer larger, or "
         "give other starts."
     )
+
+
+def test_a_flat_buffer_with_gaps_is_refused(device):
+    for move in (lambda values, flat: pack(values, flat), lambda values, flat: unpack(flat, values)):
+        with pytest.raises(ValueError, match=r"shape \(4,\) and stride \(2,\) is not contiguous, and flat kernels"):
+            move([torch.ones(4, device=device)], torch.zeros(8, device=device)[::2])

@@ -68,3 +68,18 @@ def test_a_wrong_block_is_refused(block):
     with pytest.raises(ValueError) as caught:
         pack_signs(torch.ones(4), torch.zeros(4), block)
     assert str(caught.value) == f"block={block} is not valid: expected a positive multiple of 8 elements."
+
+
+def test_tensors_that_do_not_fit_are_refused(device):
+    values, error = torch.ones(16, device=device), torch.zeros(16, device=device)
+    with pytest.raises(ValueError, match=r"error has 16 elements of torch.float64: expected 16 of torch.float32"):
+        pack_signs(values, error.double(), 8)
+    with pytest.raises(ValueError, match=r"error has 15 elements of torch.float32: expected 16 of torch.float32"):
+        pack_signs(values, error[1:], 8)
+    with pytest.raises(ValueError, match="is not contiguous"):
+        pack_signs(values[::2], error[:8], 8)
+    signs = pack_signs(values, error, 8)
+    with pytest.raises(ValueError, match="out has 15 elements: expected 16, one for each sign."):
+        unpack_signs(signs, values[1:])
+    with pytest.raises(ValueError, match="is not contiguous"):
+        unpack_signs(signs, torch.zeros(32, device=device)[::2])

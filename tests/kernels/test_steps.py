@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from lit_zero.kernels import (
     lion_step,
     sgd_step,
 )
+from lit_zero.kernels.lion import lion_reference
 from lit_zero.kernels.segments import by_format, in_portions
 
 SIZES = (1, 63, 1000, 2048, 2049)  # a block has 2048
@@ -300,3 +302,31 @@ def test_kernels_compile_and_load_several_elements_at_once(compiled, name, capab
     options = {"num_warps": walk.WARPS, "enable_fp_fusion": True}
     text = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
     assert "ld.global.v4" in text and "st.global.v4" in text
+
+
+def plain_lion(segments: Sequence[Segment], groups: Sequence[LionGroup]) -> None:
+    for segment in segments:
+        in_portions(segment, partial(lion_reference, group=groups[segment.group]), None)
+
+
+@pytest.mark.parametrize("step", [lion_step, plain_lion])
+def test_lion_shows_what_is_no_number(device, step):
+    grad = torch.tensor([torch.nan, 1.0, -1.0, 0.0], device=device)
+    segment = Segment(0, torch.ones(4, device=device), grad, (torch.zeros(4, device=device),))
+    step([segment], [LionGroup(0.5)])
+    assert segment.param[0].isnan()
+    assert segment.param[1:].tolist() == [0.5, 1.5, 1.0]
+
+
+@pytest.mark.parametrize("found", [None, 0.0, 1.0])
+def test_segments_of_nothing_count_too_and_autograd_hears_of_the_step(device, found):
+    segments = [
+        Segment(0, *(torch.zeros(size, device=device) for _ in range(2)), (torch.zeros(size, device=device),) * 2, step)
+        for size in (0, 5)
+        for step in [torch.zeros((), device=device)]
+    ]
+    versions = [segment.param._version for segment in segments]
+    for number in (1, 2):
+        adamw_step(segments, ADAM_GROUPS[:1], None, None if found is None else torch.tensor(found, device=device))
+        assert [segment.step.item() for segment in segments] == [0.0 if found else number] * 2
+    assert segments[1].param._version > versions[1]

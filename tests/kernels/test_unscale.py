@@ -99,3 +99,10 @@ def test_a_tensor_with_gaps_is_refused_by_the_kernel(device):
 def test_large_elements_of_fp16_do_not_overflow(device):
     total = unscale([torch.full((1000,), 6e4, dtype=torch.float16, device=device)])
     assert total.item() == pytest.approx(1000 * float(torch.tensor(6e4).half()) ** 2, rel=1e-6)
+
+
+def test_the_sum_of_nothing_lies_where_it_belongs():
+    meta = torch.device("meta")
+    assert unscale([torch.empty(0, device=meta)]).device == meta
+    assert unscale([], device=meta).device == meta
+    assert unscale([]).device == torch.device("cpu") and unscale([]).item() == 0.0

@@ -104,6 +104,14 @@ def test_fused_none_is_torchs_class_as_it_is(name, settings):
     assert optimizer.param_groups[0]["fused"] is None
 
 
+@pytest.mark.parametrize("kind", [optim.AdamW, optim.Adagrad, optim.Lion])
+def test_torchs_own_words_for_fused_are_known(kind):
+    for said, meant in ((True, "auto"), (False, "none"), (None, "none"), ("auto", "auto"), ("none", "none")):
+        optimizer = kind(model().parameters(), lr=0.1, fused=said)
+        assert optimizer._fused == meant
+        assert optimizer.param_groups[0].get("fused") == (True if meant == "auto" and kind is not optim.Lion else None)
+
+
 @pytest.mark.parametrize(("name", "settings"), CASES, ids=NAMES)
 def test_states_pass_between_torchs_class_and_ours_both_ways(name, settings):
     plain = getattr(torch.optim, name)
@@ -196,6 +204,23 @@ def test_memory_with_gaps_is_left_to_torch_where_it_can():
     assert torch.allclose(stepped(partial(optim.SGD, **dampened)), stepped(partial(torch.optim.SGD, **dampened)))
     with pytest.raises(UnsupportedError, match=r"shape \(4, 3\) and stride \(6, 1\) has gaps in its memory"):
         stepped(optim.Lion)
+
+
+@pytest.mark.parametrize("way", ["kernels", "torch"])
+@pytest.mark.parametrize(("name", "settings"), CASES, ids=NAMES)
+def test_gradients_of_another_dtype_are_taken(interpreted, monkeypatch, name, settings, way):
+    if way == "torch":
+        monkeypatch.delenv("TRITON_INTERPRET")
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        param = nn.Parameter(torch.linspace(-1, 1, 12))
+        param.grad_dtype = dtype
+        optimizer = getattr(optim, name)([param], **settings)
+        for step in range(3):
+            param.grad = torch.linspace(1, 2 + step, 12).bfloat16().to(dtype)
+            optimizer.step()
+        found.append(param.detach())
+    torch.testing.assert_close(found[0], found[1], **NEAR)
 
 
 @pytest.mark.parametrize("scale", [None, 4.0])

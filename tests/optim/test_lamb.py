@@ -9,12 +9,15 @@ import pytest
 import torch
 from torch import nn
 
+from lit_zero.comm import Comm
+from lit_zero.comm.open import open_exchange
 from lit_zero.core.errors import UnsupportedError
 from lit_zero.core.keeping import Keeping
 from lit_zero.optim import LAMB
 from lit_zero.zero import Zero
+from lit_zero.zero.engine import Engine
 from tests.optim.whole import STAGES, Odd, cut_dimensions, groups, layout, stages
-from tests.zero.harness import GPT, Outcome, Run, distance, one_process, with_engine
+from tests.zero.harness import GPT, Outcome, Run, distance, one_process, tokens, with_engine
 
 
 def lamb(model: nn.Module) -> torch.optim.Optimizer:
@@ -125,6 +128,7 @@ def test_only_contiguous_parameters_but_any_gradients():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
+        ({"betas": (0.9,)}, "optimizer.betas=(0.9,) is not valid: expected 2 numbers, got 1."),
         ({"lr": -1.0}, "Invalid learning rate: -1.0"),
         ({"eps": -1.0}, "Invalid epsilon value: -1.0"),
         ({"weight_decay": -1.0}, "Invalid weight_decay value: -1.0"),
@@ -186,3 +190,57 @@ def test_offload_is_refused(ranks):
         "LAMB looks at whole parameters, but with offload=cpu and offload=disk the step walks through the masters in "
         "portions. Leave that setting out, or use an element-wise optimizer (AdamW, SGD, Lion, ...)."
     ]
+
+
+def test_states_that_lie_in_another_order_are_updated():
+    params = [nn.Parameter(torch.linspace(-1, 1, 12).view(3, 4)) for _ in range(2)]
+    optimizers = [LAMB([param], lr=0.1) for param in params]
+    generator = torch.Generator().manual_seed(0)
+    for number in range(3):
+        grad = torch.randn(3, 4, generator=generator)
+        for param, optimizer in zip(params, optimizers, strict=True):
+            param.grad = grad
+            optimizer.step()
+        if number == 0:
+            state = optimizers[1].state[params[1]]
+            state.update({key: state[key].t().contiguous().t() for key in ("exp_avg", "exp_avg_sq")})
+            assert not state["exp_avg"].is_contiguous()
+    assert torch.equal(params[1], params[0])
+
+
+def test_the_kernel_tells_autograd(interpreted):
+    param = nn.Parameter(torch.ones(5))
+    param.grad, before = torch.ones(5), param._version
+    LAMB([param], lr=0.1).step()
+    assert param._version > before
+
+
+def thawed(stage: str) -> dict[str, Any]:
+    """A parameter joins between a backward and its step; return what this rank then holds of each of the others."""
+    torch.manual_seed(0)
+    model = GPT(layers=1)
+    late = model.blocks[0].up.weight.requires_grad_(False)
+    optimizer = LAMB([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    exchange = open_exchange(Comm(), torch.device("cpu"))
+    engine = Engine(model, [optimizer], zero=Zero(stage), exchange=exchange)
+    rows = slice(4 * exchange.rank, 4 * exchange.rank + 4)
+    for number in range(2):
+        engine.backward(model.loss(tokens(number, rows)))
+        if number == 1:
+            late.requires_grad_(True)
+            optimizer.add_param_group({"params": [late]})
+            engine.follow_groups()
+        held = {
+            segment.entry.name: (segment.param.grad is not None, float(optimizer.state[segment.param].get("step", -1)))
+            for segment in engine.bindings[0].segments
+            if segment.entry is not None
+        }
+        engine.step()
+    return held
+
+
+def test_groups_that_come_later_leave_empty_parts_what_they_have(ranks):
+    for stage in ("stage1", "stage3"):
+        one, other = ranks(2).run(thawed, stage, timeout=60)
+        assert one == other
+        assert {value for name, value in one.items() if name != "blocks.0.up.weight"} == {(True, 1.0)}

@@ -179,3 +179,42 @@ def test_a_step_takes_two_rounds_of_the_matrices_that_are_cut(ranks):
         assert found["swaps"] == len(sent) == 2
         assert sum(sent) == 2 * expected, "two bytes an element: what is sent has the dtype of the products"
         assert 0 < expected < sum(math.prod(found["shapes"][name]) for name in hidden) / 2
+
+
+@pytest.mark.parametrize("gaps", [False, True])
+def test_adamw_steps_what_lies_in_another_order(gaps):
+    value = torch.linspace(-1, 1, 24).view(4, 6)[:, :3] if gaps else torch.linspace(-1, 1, 12).view(4, 3)
+    ours, theirs = nn.Parameter(value.clone() if not gaps else value), nn.Parameter(value.clone())
+    assert ours.is_contiguous() is not gaps
+    settings: dict[str, Any] = {"lr": 0.1, "betas": (0.9, 0.95), "weight_decay": 0.1}
+    optimizers = Muon([{"params": [ours], "use_muon": False}], **settings), torch.optim.AdamW([theirs], **settings)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        ours.grad = torch.randn(3, 4, generator=generator).t()
+        theirs.grad = ours.grad.contiguous()
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_group_may_change_sides():
+    param = nn.Parameter(torch.ones(3, 4))
+    optimizer = Muon([{"params": [param], "use_muon": True}], lr=0.1)
+    for use_muon in (True, False, True, False):
+        optimizer.param_groups[0]["use_muon"] = use_muon
+        param.grad = torch.ones(3, 4)
+        optimizer.step()
+    assert optimizer.state[param]["step"].item() == 2.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"ns_steps": 0}, "optimizer.ns_steps=0 is not valid: expected a whole number of at least 1."),
+        ({"betas": (0.9, 0.9, 0.9)}, r"optimizer.betas=\(0.9, 0.9, 0.9\) is not valid: expected 2 numbers, got 3."),
+        ({"ns_coefficients": (3.0, 2.0)}, r"optimizer.ns_coefficients=\(3.0, 2.0\) is not valid: expected 3 numbers"),
+    ],
+)
+def test_settings_of_a_group_are_checked(settings, words):
+    with pytest.raises(ValueError, match=words):
+        Muon([{"params": [nn.Parameter(torch.ones(2, 2))], **settings}])

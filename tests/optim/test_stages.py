@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch import nn
 
-from lit_zero import optim
+from lit_zero import ZeroStrategy, optim
 from lit_zero.comm import Comm
 from lit_zero.comm.open import open_exchange
-from lit_zero.core.errors import UnsupportedError
+from lit_zero.core.errors import ConfigError, UnsupportedError
 from lit_zero.offload import Offload
 from lit_zero.offload.open import open_keeping
 from lit_zero.precision import Lowering, Precision
@@ -25,6 +25,8 @@ from lit_zero.zero import Zero
 from lit_zero.zero.engine import Engine
 from lit_zero.zero.lane import Lane
 from lit_zero.zero.probe import require_elementwise
+from tests.fabric.harness import Loop
+from tests.fabric.harness import train_all as all_in_fabric
 from tests.kernels.conftest import interpreting
 from tests.optim.beside import PlainLion, groups
 from tests.precision.harness import autocast_loss
@@ -134,6 +136,37 @@ def test_the_kernel_writes_the_copy_that_is_gathered_next(interpreted, monkeypat
     torch.testing.assert_close(found[0], found[1], rtol=1e-2, atol=1e-4)  # gradients are of 2-byte parameters
 
 
+def test_hooks_of_others_may_change_what_the_kernel_has_written(interpreted):
+    """One that runs before the engine's, as the user's does that was there first, and as pruning puts its own."""
+    torch.manual_seed(0)
+    model = GPT(layers=1)
+    optimizer = make(model, "AdamW")
+
+    def clamp(*_: Any) -> None:
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                param.data.clamp_(-0.01, 0.01)
+
+    optimizer.register_step_post_hook(clamp)
+    exchange = open_exchange(Comm(), torch.device("cpu"))
+    lowering = Lowering(Precision(), torch.bfloat16)
+    engine = Engine(model, [optimizer], zero=Zero("none"), exchange=exchange, lowering=lowering)
+    engine.backward(autocast_loss(model, tokens(0)))
+    engine.step()
+    for lane in engine.lanes:
+        assert lane.full is not None and lane.full.abs().max() < 0.0101
+        assert torch.equal(lane.full, lane.master.read().to(lane.full.dtype))
+
+
+@pytest.mark.parametrize("source", [torch.optim, optim])
+def test_the_engine_lets_go_of_states_of_whole_parameters(source):
+    model = GPT(layers=1)
+    optimizer = source.Adagrad(model.parameters(), lr=0.1, **({"fused": "none"} if source is optim else {}))
+    assert optimizer.state, "torch makes them at once"
+    engine = Engine(model, [optimizer], zero=Zero("none"), exchange=open_exchange(Comm(), torch.device("cpu")))
+    assert set(optimizer.state) <= {segment.param for segment in engine.bindings[0].segments}
+
+
 # ---- the probe
 
 
@@ -206,6 +239,40 @@ def test_checkpoints_pass_between_torchs_class_and_ours_in_other_stages(ranks, t
     if form == "full":
         plain = train(Fit(arguments=ADAMW, resume=mine), tmp_path / "plain")
         assert distance(plain.weights, whole.weights) < 1e-6, "in plain Lightning too"
+
+
+def kind_of(trainer: pl.Trainer) -> str:
+    return type(trainer.optimizers[0]).__module__
+
+
+def test_the_strategy_lets_the_users_own_class_step_flat(ranks, tmp_path):
+    fits = [Fit({"zero": "stage2", "fused": fused}, 2, look=kind_of, arguments=ADAMW) for fused in ("auto", "none")]
+    ours, torchs = ranks(2).run(train_all, fits, tmp_path, timeout=120)[0]
+    assert ours.notes == "lit_zero.optim.adam" and torchs.notes.startswith("torch.optim.")
+    assert ours.column("train_loss_step") == pytest.approx(torchs.column("train_loss_step"), rel=1e-5)
+    assert distance(ours.weights, torchs.weights) < 1e-6
+
+
+def inner(fabric: Any, model: Any, optimizers: list[Any]) -> list[str]:
+    return [type(optimizer.optimizer).__module__ for optimizer in optimizers]
+
+
+def test_it_does_so_in_fabric(ranks):
+    loops = [
+        Loop({"zero": "stage2", "fused": fused}, 2, apart=apart, look=inner, steps=2)
+        for fused in ("none", "auto")
+        for apart in (False, True)
+    ]
+    plain, *others = ranks(2).run(all_in_fabric, loops)[0]
+    assert [each.notes[0].split(".")[0] for each in (plain, *others)] == ["torch", "torch", "lit_zero", "lit_zero"]
+    assert all(distance(each.weights, plain.weights) < 1e-9 for each in others)
+
+
+def test_what_it_does_not_know_is_refused():
+    with pytest.raises(ConfigError, match=r"fused='atuo' is not known. Did you mean 'auto'\?"):
+        ZeroStrategy(fused="atuo")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="RMSprop has no fused step here"):
+        ZeroStrategy(fused="auto").take_optimizers([torch.optim.RMSprop(nn.Linear(2, 2).parameters())])
 
 
 class ExactOurs(Exact):

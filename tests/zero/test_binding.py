@@ -10,7 +10,7 @@ from torch import nn
 
 from lit_zero.comm import Comm
 from lit_zero.comm.open import open_exchange
-from lit_zero.core.errors import LitZeroError
+from lit_zero.core.errors import LitZeroError, UnsupportedError
 from lit_zero.precision import Lowering, Precision
 from lit_zero.zero import Zero
 from lit_zero.zero.engine import Engine
@@ -281,3 +281,40 @@ def test_every_kind_of_step_takes_a_share_of_nothing(ranks, optimizer):
     expected = one_process(Run(model=Tiny, loss=Tiny.loss, optimizer=OPTIMIZERS[optimizer], steps=4))
     for outcomes in ranks(4).run(tiny, optimizer, {}):
         assert all(distance(outcome, expected) < 1e-12 for outcome in outcomes)
+
+
+class Uneven(nn.Module):
+    """A unit of two elements, which lie on one rank, beside one of many."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.few, self.many = nn.Linear(1, 2, bias=False), nn.Linear(2, 500)
+
+    def loss(self, batch: torch.Tensor) -> torch.Tensor:
+        return self.many(self.few(batch[:, :1] / 31)).square().mean()
+
+
+def moved() -> tuple[int, str]:
+    """Move a parameter of which only one rank holds a state; return the number of states here, and the refusal."""
+    torch.manual_seed(0)
+    model = Uneven()
+    optimizer = torch.optim.AdamW(model.parameters())
+    engine = engine_on(model, optimizer, "stage2", units=["Linear"])
+    engine.backward(model.loss(tokens(0)))
+    engine.step()
+    states = len(optimizer.state)
+    optimizer.param_groups.clear()
+    optimizer.add_param_group({"params": list(model.many.parameters())})
+    optimizer.add_param_group({"params": [model.few.weight]})
+    try:
+        engine.follow_groups()
+    except UnsupportedError as error:
+        return states, str(error)
+    return states, ""
+
+
+def test_a_state_that_one_rank_would_lose_is_refused_on_all(ranks):
+    (first, one), (second, other) = ranks(2).run(moved, timeout=60)
+    assert (first, second) == (2, 1)
+    assert one == other
+    assert one.startswith("Parameter 'few.weight' was moved to another parameter group after the optimizer had stepped")
