@@ -181,7 +181,7 @@ class Keeping:
         Args:
             optimizer: its name.
             contents: of all its states in fp32.
-            lowered: parameters that are trained have 2-byte copies, on some rank.
+            lowered: there are parameters that are lowered to 2 bytes when they are trained, on some rank.
 
         Raises:
             ConfigError: for a setting that has no effect on any.

@@ -104,7 +104,7 @@ class Small(Keeping):
     def accept(self, optimizer: str, contents: Collection[Content], lowered: bool) -> None:
         if self._precision.master == "split" and not lowered:
             raise ConfigError(
-                "precision.master='split' has no effect: no parameter that is trained has a 2-byte copy, because "
+                "precision.master='split' has no effect: no parameter has a 2-byte copy, because "
                 f"precision.lower={self._precision.lower!r} lowers none of them. Remove precision.master, or use "
                 "precision.lower='all'."
             )

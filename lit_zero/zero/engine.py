@@ -160,9 +160,7 @@ class Engine(Clipping, Regrouping):
         if isinstance(optimizer, WholeParameters):
             optimizer.shards = SegmentShards(lambda: binding.segments, self.exchange)
         if self.keeping.walks:
-            lowered = any(lane.trainable and lane.lowered for lane in self.lanes) or any(
-                info.trainable and info.lowered_dtype != info.master_dtype for info in self.absent
-            )
+            lowered = any(info.lowered_dtype != info.master_dtype for info in self.infos)  # also those to be thawed
             self.keeping.accept(type(optimizer).__name__, binding.contents(), lowered)
             self._handles.append(optimizer.register_state_dict_pre_hook(lambda _: refuse_stand_ins(binding)))
             run = Keeping().run if self._keep else self.keeping.run

@@ -185,14 +185,13 @@ def test_what_needs_all_gradients_is_refused() -> None:
 
 
 def test_a_backward_that_failed_steps_nothing_later() -> None:
-    """What it has left on the way is dropped by the next one."""
+    """If it has stepped nothing, the next one goes on; what it has left on the way is dropped."""
     job = Job(small={"step": "backward"})
     model, optimizer, engine = build(job)
-    block = model.blocks[0]
 
     def failing() -> None:
         loss = autocast_loss(model, torch.zeros(8, 9, dtype=torch.long))
-        handle = block.norm1.weight.register_hook(lambda _: (_ for _ in ()).throw(ValueError("a mistake")))
+        handle = model.norm.weight.register_hook(lambda _: (_ for _ in ()).throw(ValueError("a mistake")))
         try:
             engine.backward(loss)
         finally:
@@ -202,7 +201,7 @@ def test_a_backward_that_failed_steps_nothing_later() -> None:
         optimizer.step(failing)  # type: ignore[arg-type]
     assert len(steps(with_run(job, steps=2), model, optimizer, engine)) == 2
     counts = {int(state["step"]) for state in optimizer.state.values()}
-    assert counts <= {2, 3}
+    assert counts == {2}
 
 
 # ---- moments
