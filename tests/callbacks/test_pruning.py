@@ -65,6 +65,7 @@ def staged(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     }
 
 
+@pytest.mark.thorough("local")
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("job", range(len(JOBS)), ids=["global", "structured_lottery"])
 def test_equals_one_process(alone, staged, stage, job):

@@ -139,6 +139,7 @@ def found_rates(trainer: pl.Trainer) -> tuple[float, list[float], float]:
     )
 
 
+@pytest.mark.thorough
 def test_learning_rate_finder(ranks, tmp_path):
     """Afterwards the model is as before, and trains on with what was found; losses are rank 0's, as under DDP."""
     job = replace(FINDS, fit=replace(FINDS.fit, zero="ddp", devices=2, look=found_rates))

@@ -69,6 +69,7 @@ def check(written: Any, expected: Any) -> None:
         assert torch.equal(mine[:size], other[:size])
 
 
+@pytest.mark.thorough
 def test_every_sample_once_in_order(ranks, tmp_path):
     cases = list(CASES.values())
     first, second = ranks(2).run(in_all_stages, cases, tmp_path, timeout=200)

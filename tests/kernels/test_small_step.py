@@ -139,6 +139,7 @@ def flat_adamw(model: nn.Module) -> torch.optim.Optimizer:
     return optim.AdamW(groups, lr=1e-2)
 
 
+@pytest.mark.thorough("False-True", "True-False")
 @pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("mixed", [False, True])
 def test_the_engine_hands_over_its_arrays(

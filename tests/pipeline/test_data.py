@@ -122,6 +122,7 @@ def test_nested_batches(ranks: Any, tmp_path: Path) -> None:
         equal(each, alone)
 
 
+@pytest.mark.thorough
 def test_lengths_that_change_from_step_to_step(ranks: Any, tmp_path: Path) -> None:
     alone = collated(Short(arguments={"layers": 4}, trainer=ACCUMULATED), tmp_path / "alone", shorter)
     fits = [replace(piped("stage3", **way), trainer=ACCUMULATED) for way in SCHEDULES.values()]

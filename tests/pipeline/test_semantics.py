@@ -295,6 +295,7 @@ def looked(trainer: pl.Trainer) -> Any:
     return trainer.lightning_module.notes
 
 
+@pytest.mark.thorough
 def test_parameters_of_other_stages(ranks: Any, tmp_path: Path) -> None:
     arguments = {"optimizer": "adamw", "lr": 1e-2, **LAYERS}
     alone = train(Short(module=Looking, arguments=arguments, look=looked, epochs=1), tmp_path / "alone")

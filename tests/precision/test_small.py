@@ -56,6 +56,7 @@ def equal_until_a_tie(one: Found, plain: Found) -> None:
 # ---- masters in two halves
 
 
+@pytest.mark.thorough("[1]")
 @pytest.mark.parametrize("size", [1, 2])
 def test_masters_in_two_halves_change_no_bit(ranks: Any, size: int) -> None:
     jobs = []
@@ -68,6 +69,7 @@ def test_masters_in_two_halves_change_no_bit(ranks: Any, size: int) -> None:
         equal_until_a_tie(split, plain)
 
 
+@pytest.mark.thorough("none")
 @pytest.mark.parametrize("stage", ["none", "stage3"])
 def test_two_byte_gradients_are_stepped_with_as_they_are(ranks: Any, stage: str) -> None:
     """The portions' fp32 copies are those of the whole; what is clipped is rounded to 2 bytes once more."""
@@ -83,6 +85,7 @@ def test_two_byte_gradients_are_stepped_with_as_they_are(ranks: Any, stage: str)
 # ---- the step inside the backward
 
 
+@pytest.mark.thorough("small0", "small1")
 @pytest.mark.parametrize("small", [{}, SPLIT, BYTE])
 def test_the_step_inside_the_backward_changes_no_bit(ranks: Any, small: dict[str, str]) -> None:
     jobs = [
@@ -207,6 +210,7 @@ def test_a_backward_that_failed_steps_nothing_later() -> None:
 # ---- moments
 
 
+@pytest.mark.thorough("small0")
 @pytest.mark.parametrize("small", [TWO_BYTES, BYTE])
 def test_all_stages_and_rank_counts_round_alike(ranks: Any, small: dict[str, str]) -> None:
     job = replace(with_run(Job(small=small), optimizer=two_rates), alike=True)

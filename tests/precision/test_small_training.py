@@ -77,6 +77,7 @@ def masters(trainer: pl.Trainer) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in found.items()}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("form", ["full", "sharded"])
 def test_a_resumed_run_goes_on_bit_for_bit(ranks: Any, tmp_path: Path, form: str) -> None:
     """In another stage too, and with the step in another place."""
@@ -119,6 +120,7 @@ def test_checkpoints_are_plain_ones(ranks: Any, tmp_path: Path) -> None:
 # ---- what else a run may have
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("way", [SPLIT, BYTE])
 def test_averages_and_pruning(ranks: Any, tmp_path: Path, way: Precision) -> None:
     """Both write to the masters of all ranks, whole ones in stage ``none``."""
@@ -158,6 +160,7 @@ def thaw(folder: Path) -> list[Any]:
     return [train(replace(each, trainer=more), folder / str(n)) for n, each in enumerate(fits)]
 
 
+@pytest.mark.thorough
 def test_thawing_block_by_block(ranks: Any, tmp_path: Path) -> None:
     plain, small = ranks(2).run(thaw, tmp_path, timeout=120)[0]
     assert distance(small.weights, plain.weights) < 0.02

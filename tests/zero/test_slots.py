@@ -241,6 +241,7 @@ def run_of(model: type[nn.Module], **options: Any) -> Run:
     return Run(model=model, loss=Model.loss, optimizer=momentum, steps=STEPS, **options)
 
 
+@pytest.mark.thorough("2", "-3")
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.__name__)
 def test_whatever_goes_between_units_they_take_turns(ranks, model):
     run = run_of(model)
