@@ -15,49 +15,18 @@ import importlib.util
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from benchmark_worker import TensorMemory
+from kernel_timing import Case, Contender, Run
 from torch import Tensor
 
 from lit_zero.layers import angles, gated, layer_norm, linear_cross_entropy, rms_norm, rotary
 from lit_zero.layers.replacing import Replacement
 
-Run = Callable[[], object]
 OURS, PLAIN = "lit_zero", "plain torch"
-
-
-@dataclass(frozen=True)
-class Contender:
-    """One way to do the work of a case.
-
-    Attributes:
-        name: as the table shows it.
-        build: makes all that it needs and returns what does the work once.
-        moved: bytes that it cannot but read and write, where they are not the case's.
-    """
-
-    name: str
-    build: Callable[[], Run]
-    moved: int | None = None
-
-
-@dataclass(frozen=True)
-class Case:
-    """The same work, done by several contenders; the first one is ours.
-
-    Attributes:
-        name: what is done, to how much.
-        moved: bytes that the work cannot but read and write, once.
-        contenders: take turns.
-    """
-
-    name: str
-    moved: int
-    contenders: Sequence[Contender]
 
 
 def _case(

@@ -48,6 +48,29 @@ def code_of(size, SIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def scales_of(found):  # type: ignore[no-untyped-def]
+    """Return the scale of each row of values."""
+    scale = tl.maximum(tl.max(tl.abs(found), 1), _TINY)
+    unknown = tl.max((found != found).to(tl.int32), 1)  # a maximum does not show what is no number
+    return tl.where(unknown > 0, float("nan"), scale)
+
+
+@triton.jit
+def bytes_of(found, scale, seed, index, SIGNED: tl.constexpr, RANDOM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the codes (int8) of rows of values, rounded to nearest or with the random bits of ``index``."""
+    code = code_of(tl.div_rn(tl.abs(found), tl.broadcast_to(scale[:, None], found.shape)), SIGNED)
+    if RANDOM:
+        code = tl.floor(code + random_16(seed, index).to(tl.float32) * 0.0000152587890625)
+    else:
+        code = tl.floor(code + 0.5)
+    if SIGNED:  # noqa: SIM108 (what is known when a kernel is compiled)
+        code = tl.where(found < 0, -code, code)
+    else:
+        code = tl.maximum(code, tl.where(found > 0, 1.0, 0.0)) - 128.0
+    return code.to(tl.int8)
+
+
+@triton.jit
 def _to_bfloat16(values, out, seed, numel, DEVICE_SEED: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     start = tl.load(seed) if DEVICE_SEED else seed
@@ -71,20 +94,9 @@ def _to_int8(  # type: ignore[no-untyped-def]
     index = row[:, None] * 256 + tl.arange(0, 256)[None, :]
     here = (row < blocks)[:, None]
     found = tl.load(values + index, mask=here, other=0.0)
-    scale = tl.maximum(tl.max(tl.abs(found), 1), _TINY)
-    unknown = tl.max((found != found).to(tl.int32), 1)  # a maximum does not show what is no number
-    scale = tl.where(unknown > 0, float("nan"), scale)
-    code = code_of(tl.div_rn(tl.abs(found), tl.broadcast_to(scale[:, None], found.shape)), SIGNED)
-    if RANDOM:
-        start = tl.load(seed) if DEVICE_SEED else seed
-        code = tl.floor(code + random_16(start, index).to(tl.float32) * 0.0000152587890625)
-    else:
-        code = tl.floor(code + 0.5)
-    if SIGNED:
-        tl.store(codes + index, tl.where(found < 0, -code, code).to(tl.int8), mask=here)
-    else:
-        code = tl.maximum(code, tl.where(found > 0, 1.0, 0.0)) - 128.0
-        tl.store(codes + index, code.to(tl.int8), mask=here)
+    scale = scales_of(found)
+    start = tl.load(seed) if DEVICE_SEED else seed
+    tl.store(codes + index, bytes_of(found, scale, start, index, SIGNED, RANDOM), mask=here)
     tl.store(scales + row, scale, mask=row < blocks)
 
 

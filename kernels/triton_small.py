@@ -13,19 +13,17 @@ import torch
 import triton
 import triton.language as tl
 from lit_zero.kernels import triton_rules
-from lit_zero.kernels.moments import BLOCK, TINY, table
+from lit_zero.kernels.moments import BLOCK, table
 from lit_zero.kernels.noise import STEP, as_int32
 from lit_zero.kernels.small import DITHERED, UNSIGNED, Array, SmallSegment
 from lit_zero.kernels.table import HEAD, Row, Tables
-from lit_zero.kernels.triton_moments import code_of, random_16, rounded_up_or_down
+from lit_zero.kernels.triton_blocks import DTYPES, OPTIONS, narrow
+from lit_zero.kernels.triton_moments import bytes_of, random_16, rounded_up_or_down, scales_of
 from lit_zero.kernels.triton_split import halves, joined
-from lit_zero.kernels.triton_walk import rounded
 
 ROWS = 8  # blocks of a program
 WARPS = 8
-_GRADS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _STEP = tl.constexpr(as_int32(STEP))
-_TINY = tl.constexpr(TINY)
 _BLOCK = tl.constexpr(BLOCK)
 
 
@@ -48,7 +46,7 @@ def launch(rule: str, segments: Sequence[SmallSegment], groups: Sequence[Sequenc
             RULE=getattr(triton_rules, rule),
             STATES=len(first.moments),
             PARAM=first.param.form,
-            GRAD=_GRADS[first.grad.dtype],
+            GRAD=DTYPES[first.grad.dtype],
             FIRST=forms[0],
             SECOND=forms[1],
             COUNTED=first.step is not None,
@@ -58,7 +56,7 @@ def launch(rule: str, segments: Sequence[SmallSegment], groups: Sequence[Sequenc
             HEAD=HEAD,
             ROWS=ROWS,
             num_warps=WARPS,
-            enable_fp_fusion=True,
+            **OPTIONS,
         )
 
 
@@ -165,22 +163,14 @@ def _store(address, found, index, block, here, numel, seed, FORM: tl.constexpr):
         tl.store(values.to(tl.pointer_type(tl.int16)) + index, high, mask=here)
         tl.store(partner.to(tl.pointer_type(tl.int16)) + index, low, mask=here)
     elif FORM == 2:
-        tl.store(values.to(tl.pointer_type(tl.bfloat16)) + index, rounded(found, tl.bfloat16), mask=here)
+        tl.store(values.to(tl.pointer_type(tl.bfloat16)) + index, narrow(found, tl.bfloat16), mask=here)
     elif FORM == 3:
         bits = rounded_up_or_down(found, random_16(seed, index))
         tl.store(values.to(tl.pointer_type(tl.int16)) + index, bits, mask=here)
     else:
         found = tl.where(here, found, 0.0)
-        scale = tl.maximum(tl.max(tl.abs(found), 1), _TINY)
-        unknown = tl.max((found != found).to(tl.int32), 1)  # a maximum does not show what is no number
-        scale = tl.where(unknown > 0, float("nan"), scale)
-        code = code_of(tl.div_rn(tl.abs(found), tl.broadcast_to(scale[:, None], found.shape)), FORM == 4)
-        if FORM == 4:
-            code = tl.floor(code + 0.5)
-            code = tl.where(found < 0, -code, code)
-        else:
-            code = tl.floor(code + random_16(seed, index).to(tl.float32) * 0.0000152587890625)
-            code = tl.maximum(code, tl.where(found > 0, 1.0, 0.0)) - 128.0
+        scale = scales_of(found)
+        code = bytes_of(found, scale, seed, index, FORM == 4, FORM == 5)
         within = (block * _BLOCK < numel)[:, None] & (index >= 0)  # the last block is written to its end
-        tl.store(values.to(tl.pointer_type(tl.int8)) + index, code.to(tl.int8), mask=within)
+        tl.store(values.to(tl.pointer_type(tl.int8)) + index, code, mask=within)
         tl.store(partner.to(tl.pointer_type(tl.float32)) + block, scale, mask=block * _BLOCK < numel)

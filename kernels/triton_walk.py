@@ -19,10 +19,11 @@ import triton
 import triton.language as tl
 from lit_zero.kernels.segments import Segment, by_format
 from lit_zero.kernels.table import HEAD, Row, Table, Tables
+from lit_zero.kernels.triton_blocks import DTYPES, OPTIONS, fetch, put
 
 BLOCK = 2048  # elements
 WARPS = 8
-_FORMATS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, None: tl.float32}
+_FORMATS = {**DTYPES, None: tl.float32}  # by_format says None where there is no copy
 
 
 def walk_segments(
@@ -93,7 +94,7 @@ def launch(
         HEAD=HEAD,
         BLOCK=BLOCK,
         num_warps=WARPS,
-        enable_fp_fusion=True,  # said, since triton changes its mind in 3.10; a fused product rounds once less
+        **OPTIONS,
     )
 
 
@@ -208,33 +209,12 @@ def _block(
 @triton.jit
 def _load(address, begin, numel, FORMAT: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
     """Return a block of values in fp32 [Note: formats]."""
-    offsets = begin + tl.arange(0, BLOCK)
-    pointers = tl.load(address).to(tl.pointer_type(FORMAT)) + offsets
-    if WHOLE:
-        values = tl.load(tl.max_contiguous(tl.multiple_of(pointers, 16), BLOCK))
-    else:
-        values = tl.load(pointers, mask=offsets < numel, other=0.0)
-    return values.to(tl.float32)
+    at = begin + tl.arange(0, BLOCK)
+    return fetch(tl.load(address).to(tl.pointer_type(FORMAT)), at, at < numel, WHOLE, BLOCK)
 
 
 @triton.jit
 def _store(address, values, begin, numel, FORMAT: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
     """Round a block of fp32 values and write it [Note: formats]."""
-    offsets = begin + tl.arange(0, BLOCK)
-    pointers = tl.load(address).to(tl.pointer_type(FORMAT)) + offsets
-    values = rounded(values, FORMAT)
-    if WHOLE:
-        tl.store(tl.max_contiguous(tl.multiple_of(pointers, 16), BLOCK), values)
-    else:
-        tl.store(pointers, values, mask=offsets < numel)
-
-
-@triton.jit
-def rounded(values, FORMAT: tl.constexpr):
-    """Round fp32 to nearest, ties to even. For bf16 by integers, since the interpreter cuts off instead."""
-    if FORMAT == tl.bfloat16:  # noqa: SIM300
-        bits = values.to(tl.uint32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        bits = tl.where(values != values, 0x7FC0, bits)
-        return bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return values.to(FORMAT)
+    at = begin + tl.arange(0, BLOCK)
+    put(tl.load(address).to(tl.pointer_type(FORMAT)), at, values, at < numel, FORMAT, WHOLE, BLOCK)

@@ -170,7 +170,7 @@ class Walking:
         if len(known) < len(parts) or not self.optimizer.step_forms(known):
             return False
         for segment, _ in filled:
-            if segment.lane.lowered and not segment.lane.split:
+            if not segment.lane.split:
                 segment.lane.spread(segment.first, segment.lane.master.part(segment.first, segment.last).read())
         return True
 
@@ -220,10 +220,12 @@ class Walking:
         }
 
     def _origin(self, segment: Segment, state: dict[str, Any]) -> Origin:
-        group = next((g for g in self.optimizer.param_groups if any(p is segment.param for p in g["params"])), {})
-        # An optimizer without a number of steps begins anew with a run: what it rounds at random is then rounded with
-        # bits of earlier steps, on average as right as with others.
-        counted = state.get("step", group.get("step", self._steps))
+        counted = state.get("step")
+        if counted is None:
+            group = next((g for g in self.optimizer.param_groups if any(p is segment.param for p in g["params"])), {})
+            # An optimizer without a number of steps begins anew with a run: what it rounds at random is then rounded
+            # with bits of earlier steps, on average as right as with others.
+            counted = group.get("step", self._steps)
         return Origin(segment.lane.infos[0].name, segment.lane.master_start + segment.first, _whole(counted))
 
     def _take(
