@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -12,10 +13,14 @@ import pytest
 import torch
 from lit_zero.kernels import Scheme, pack, pack_signs, quantize, unpack, unpack_signs, unscale
 from lit_zero.kernels.lamb import LambGroup, LambPiece, lamb_apply, lamb_moments
+from lit_zero.kernels.moments import from_int8, to_bfloat16, to_int8
 from lit_zero.kernels.quantize import Quantized, dequantize
+from lit_zero.kernels.small import DITHERED, PLAIN, ROUNDED, SIGNED, SPLIT, UNSIGNED, Array, SmallSegment, small_step
+from lit_zero.kernels.split import join, split
 
 pytestmark = pytest.mark.thorough
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CHOOSING = ("unscale", "pack", "quantize", "signs", "lamb", "moments", "split")  # modules that choose a kernel
 
 
 class Compiled:
@@ -59,7 +64,7 @@ def launches() -> Iterator[Compiled]:
     compiled = Compiled()
     for name in [name for name in sys.modules if name.startswith("lit_zero.kernels.triton_")]:
         assert not os.environ.get("TRITON_INTERPRET"), name
-    chosen = [f"lit_zero.kernels.{each}.runs_kernel" for each in ("unscale", "pack", "quantize", "signs", "lamb")]
+    chosen = [f"lit_zero.kernels.{each}.runs_kernel" for each in CHOOSING]
     patches = [mock.patch(each, return_value=True) for each in chosen]
     patches.append(mock.patch.object(JITFunction, "run", lambda kernel, *args, **kw: compiled.run(kernel, *args, **kw)))
     for each in patches:
@@ -108,7 +113,55 @@ def all_lamb() -> None:
         lamb_apply([piece], lamb_moments([piece]))
 
 
-@pytest.mark.parametrize("launch", [all_unscale, all_pack, all_quantize, all_signs, all_lamb])
+def all_split() -> None:
+    master, copy, remainder = (torch.zeros(300, dtype=dtype) for dtype in (DTYPES[0], DTYPES[1], torch.int16))
+    split(master, copy, remainder)
+    join(copy, remainder, master)
+
+
+def all_moments() -> None:
+    values, codes, scales = torch.zeros(512), torch.zeros(512, dtype=torch.int8), torch.zeros(2)
+    for step in (0, torch.zeros(())):
+        to_bfloat16(values, torch.zeros(512, dtype=torch.bfloat16), (1, step, 2))
+        for signed in (True, False):
+            to_int8(values, codes, scales, signed, (1, step, 2))
+    for signed in (True, False):
+        to_int8(values, codes, scales, signed)
+        from_int8(codes, scales, signed, values)
+
+
+def small_array(form: int) -> Array:
+    kind, other = {
+        PLAIN: (torch.float32, None),
+        SPLIT: (torch.int16, torch.int16),
+        ROUNDED: (torch.bfloat16, None),
+        DITHERED: (torch.bfloat16, None),
+        SIGNED: (torch.int8, torch.float32),
+        UNSIGNED: (torch.int8, torch.float32),
+    }[form]
+    return Array(form, torch.zeros(512, dtype=kind), None if other is None else torch.zeros(512, dtype=other))
+
+
+def all_small() -> None:
+    numbers = [[1.0] * 11]
+    for param, first, second in itertools.product(
+        (PLAIN, SPLIT), (PLAIN, ROUNDED, SIGNED), (PLAIN, DITHERED, UNSIGNED)
+    ):
+        for dtype in DTYPES:
+            moments = tuple(map(small_array, (first, second)))
+            one = SmallSegment(0, small_array(param), torch.zeros(300, dtype=dtype), moments, torch.zeros(()))
+            small_step("adamw_rule", [one], numbers)
+    plain = small_array(SPLIT), torch.zeros(300)
+    small_step("adagrad_rule", [SmallSegment(0, *plain, (small_array(UNSIGNED),), torch.zeros(()))], numbers)
+    for rule in ("lion_rule", "sgd_rule"):
+        small_step(rule, [SmallSegment(0, *plain, (small_array(SIGNED),))], numbers)
+    small_step("sgd_rule", [SmallSegment(0, *plain, ())], numbers)
+
+
+EVERYTHING = [all_unscale, all_pack, all_quantize, all_signs, all_lamb, all_split, all_moments, all_small]
+
+
+@pytest.mark.parametrize("launch", EVERYTHING)
 def test_kernels_compile(launches: Compiled, launch: Callable[[], None]) -> None:
     launch()
     assert launches.texts

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -237,7 +237,7 @@ def test_segments_without_a_copy_share_the_launch_of_those_with_one():
 
 def test_what_lies_without_a_copy_beside_others_is_stepped_in_one_launch(interpreted, monkeypatch):
     launches: list[int] = []
-    walk = sys.modules["lit_zero.kernels.triton_walk"]
+    walk = importlib.import_module("lit_zero.kernels.triton_walk")
     inner = walk.launch
     monkeypatch.setattr(walk, "launch", lambda *args: (launches.append(1), inner(*args)))
     mine, theirs = make(CASES["adamw"], FORMATS[0], interpreted), make(CASES["adamw"], FORMATS[0], interpreted)
@@ -287,7 +287,7 @@ def test_kernels_compile_and_load_several_elements_at_once(compiled, name, capab
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    walk, rules = (sys.modules[f"lit_zero.kernels.triton_{each}"] for each in ("walk", "rules"))
+    walk, rules = (importlib.import_module(f"lit_zero.kernels.triton_{each}") for each in ("walk", "rules"))
     case = CASES[name]
     rule = {"amsgrad": "adamw", "momentum": "sgd"}.get(name, name)
     constants = {
