@@ -194,7 +194,7 @@ def test_failed_jobs_are_rows_of_the_table(others: dict[str, Sweep]) -> None:
             "failure=rank0_sleeps         -",
             "FAILED rank 1 of 2 failed with ValueError: rank 1 alone finds a mistake\n",
             "completed\n1 of 2 jobs were not completed: 0.\nTo run what is missing, repeat the command with ",
-            f"hydra.sweep.dir={sweeps['failures'].folder} {RESUME}\n",
+            f"hydra.sweep.dir={others['failures'].folder} {RESUME}\n",
         ],
     ), table
 

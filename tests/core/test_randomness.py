@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from lit_zero.core.randomness import (
+    drawn_since,
     generator_state,
     generators_in,
+    random_marks,
     random_states,
     seed_everything,
     set_generator_state,
@@ -52,6 +54,20 @@ def test_only_what_has_moved_differs_and_only_what_is_named_is_put_back(name: st
     assert DRAWS[name]() == first
     set_random_states(before)
     assert [each() for key, each in DRAWS.items() if key != name] == others
+
+
+@pytest.mark.parametrize("name", DRAWS)
+@pytest.mark.parametrize("times", [1, 2, 700])  # a generator of 624 numbers begins anew in between
+def test_whoever_has_drawn_since_the_seed_is_found(name: str, times: int) -> None:
+    seed_everything(5)
+    marks = random_marks()
+    assert drawn_since(marks) == {}
+    for _ in range(times):
+        DRAWS[name]()
+    found = drawn_since(marks)
+    assert found == {name: random_states()[name]}
+    seed_everything(5)
+    assert drawn_since(marks) == {}
 
 
 def test_a_seed_is_for_all() -> None:

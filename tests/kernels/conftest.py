@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from types import ModuleType
 
+import lit_zero.kernels
 import pytest
 import torch
 
@@ -28,6 +29,8 @@ def _taken_out() -> dict[str, ModuleType]:
         if (name.split(".")[0] == "triton" and not name.startswith("triton._C"))
         or name.startswith("lit_zero.kernels.triton_")
     ]
+    for name in names:  # ``from package import module`` looks there first
+        vars(lit_zero.kernels).pop(name.removeprefix("lit_zero.kernels."), None)
     return {name: sys.modules.pop(name) for name in names}
 
 
