@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
 import sys
 from collections.abc import Iterable
 from typing import Any
 
 import torch
+
+_MT19937_BYTES = 4 * 625  # of its state: 624 numbers and a position
 
 
 def random_states() -> dict[str, Any]:
@@ -23,6 +26,30 @@ def random_states() -> dict[str, Any]:
         kind, keys, *rest = numpy.random.get_state()
         found["numpy"] = (kind, keys.tobytes(), *rest)
     return found
+
+
+def random_marks() -> dict[str, Any]:
+    """Return what tells whether somebody draws from the generators from now on, see :func:`drawn_since`. It takes a
+    third of the time of :func:`random_states`.
+    """
+    found: dict[str, Any] = {"torch": _bytes(torch.get_rng_state()), "random": random.getstate()}
+    if torch.cuda.is_initialized():
+        found["cuda"] = _bytes(torch.cuda.get_rng_state())
+    numpy = _numpy()
+    if numpy:
+        found["numpy"] = _numpys_mark(numpy)
+    return found
+
+
+def drawn_since(marks: dict[str, Any]) -> dict[str, Any]:
+    """Return the states of the generators from which somebody has drawn.
+
+    Args:
+        marks: what :func:`random_marks` has returned right after the generators were seeded.
+    """
+    now = random_marks()
+    drawn = {name for name, mark in now.items() if mark != marks.get(name)}
+    return {name: state for name, state in random_states().items() if name in drawn} if drawn else {}
 
 
 def set_random_states(states: dict[str, Any]) -> None:
@@ -85,6 +112,17 @@ def set_generator_state(generator: Any, state: Any) -> None:
 
 def _numpy() -> Any:
     return sys.modules.get("numpy")
+
+
+def _numpys_mark(numpy: Any) -> Any:
+    """Return what changes with every number drawn after a seeding.
+
+    numpy takes its state apart number by number, 624 of them; here its memory is looked at as it is.
+    """
+    bits = getattr(numpy.random, "get_bit_generator", lambda: None)()  # numpy 1.24 and later
+    if type(bits) is not numpy.random.MT19937:
+        return repr(numpy.random.get_state())
+    return ctypes.string_at(bits.ctypes.state_address, _MT19937_BYTES)
 
 
 def _bytes(state: torch.Tensor) -> bytes:

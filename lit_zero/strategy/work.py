@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lit_zero.core.randomness import random_states, seed_everything, set_random_states
+from lit_zero.core.randomness import drawn_since, random_marks, random_states, seed_everything, set_random_states
 from lit_zero.pipeline.micro_batches import MicroBatches, mean, together
 from lit_zero.strategy.logged import Logged, Told, to_device
 from lit_zero.strategy.measured import Metrics
@@ -46,6 +46,7 @@ class Work:
         self._training = name == "training_step"
         self._accumulate = self._module.trainer.accumulate_grad_batches if self._training else 1
         self._logged = Logged(self._module)
+        self._begun = False  # a backward of this step has run
 
     @contextlib.contextmanager
     def set_apart(self) -> Iterator[None]:
@@ -65,7 +66,7 @@ class Work:
         """Run the user's step on a micro-batch, as stage ``number``."""
         self._engine.begin_forward(share_buffers=False)
         seed_everything(seed_of(self._seed, micro_batch))
-        self._fresh = {} if number == self._last else random_states()  # the last stage tells nobody
+        self._marks = {} if number == self._last else random_marks()  # the last stage tells nobody
         module: Any = self._module
         part = self._micro.parts[micro_batch]
         if number == self._last:
@@ -86,12 +87,13 @@ class Work:
 
     def backward(self, last: bool, run: Callable[[], None]) -> None:
         """Run a part of the backward; the last one begins to reduce the gradients."""
+        continues, self._begun = self._begun, True
         if last:
-            self._engine.begin_backward()
+            self._engine.begin_backward(continues=continues)
             run()
             return
-        with self._engine.no_reduce():
-            self._engine.begin_backward()
+        with self._engine.no_reduce(unseen=True):
+            self._engine.begin_backward(continues=continues)
             run()
             self._engine.end_backward()
 
@@ -106,7 +108,7 @@ class Work:
 
     def random_state(self) -> Any:
         """Return the states of the random generators that have moved since the micro-batch was seeded."""
-        return {name: state for name, state in random_states().items() if state != self._fresh.get(name)}
+        return drawn_since(self._marks)
 
     def set_random_state(self, micro_batch: int, state: Any) -> None:
         """Go on from the state that has come with an activation: now, or in the backward, where a checkpoint recomputes

@@ -241,20 +241,21 @@ class Engine(Clipping, Regrouping):
         loss.backward()
         self.end_backward()
 
-    def begin_backward(self, loss: torch.Tensor | None = None) -> None:
+    def begin_backward(self, loss: torch.Tensor | None = None, continues: bool = False) -> None:
         """Call this right before a backward.
 
         Args:
             loss: what it starts from. With several optimizers, only what some rank's loss reaches is reduced then.
+            continues: it adds to the backward before, which nobody has seen, see :meth:`no_reduce`.
         """
         self.join()
         self._check_passing()
         self._in_backward = True
         self.buffers.ask()
         reached = self._reach.look(loss)
-        cleared = [binding.begin_backward() for binding in self.bindings]
+        cleared = [not continues and binding.begin_backward() for binding in self.bindings]
         self._reducer.begin(
-            fresh=lambda lane: lane.optimizer < 0 or cleared[lane.optimizer],
+            fresh=lambda lane: not continues and (lane.optimizer < 0 or cleared[lane.optimizer]),
             reached=None if reached is None else {lane for lane, found in reached.items() if any(found)},
         )
         for lane, found in (reached or {}).items():
@@ -272,6 +273,9 @@ class Engine(Clipping, Regrouping):
         for unit in self.units:
             self._gatherer.backward_ends(unit)
             unit.calls = 0
+        if self._reducer.unseen:
+            self.keeping.settle()
+            return
         lanes = self._reducer.lanes
         unreached = set() if self._reducer.deferred else self._reach.unreached(lanes)
         self._attached = []
@@ -286,13 +290,19 @@ class Engine(Clipping, Regrouping):
         self._count_gradients()
 
     @contextlib.contextmanager
-    def no_reduce(self) -> Iterator[None]:
-        """Inside, a backward is one of several micro-batches of a step and not the last."""
+    def no_reduce(self, unseen: bool = False) -> Iterator[None]:
+        """Inside, a backward is one of several micro-batches of a step and not the last.
+
+        Args:
+            unseen: nobody looks at gradients, or clears them, before the next one, which ``continues``: optimizers get
+                none, and autograd may add to what is held.
+        """
         before, self._reducer.deferred = self._reducer.deferred, True
+        self._reducer.unseen = unseen
         try:
             yield
         finally:
-            self._reducer.deferred = before
+            self._reducer.deferred, self._reducer.unseen = before, False
 
     def take(self, param: nn.Parameter) -> None:
         """Take the gradient in ``param.grad``, computed outside of autograd's backward but inside ours."""

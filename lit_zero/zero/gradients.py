@@ -63,6 +63,7 @@ class Gradients:
         self.filled = bytearray(len(self.infos))  # which parameters have content in ``landing``
         self.seen = bytearray(len(self.infos))  # which parameters have landed in this backward
         self.reached = bytearray(len(self.infos))  # which parameters have landed since gradients were dropped
+        self.resident: list[ParamInfo] = []  # those to whose gradients autograd adds where they have landed
         self.accumulated = False  # ``grad_own`` holds reduced gradients that were not dropped
         self._carry: torch.Tensor | None = None  # reduced gradients set aside while new ones land in their place
         self._arriving: torch.Tensor | None = None  # [P/N], on the device until it is sent to where the master is
@@ -95,6 +96,7 @@ class Gradients:
         self.seen = bytearray(len(self.infos))
         if fresh:
             self.accumulated = False
+            self.end_residence()
             self.filled, self.reached = bytearray(len(self.infos)), bytearray(len(self.infos))
             if self.grad_full is not None:
                 self._zero_gaps(self.grad_full)  # clipping by a norm that is NaN has reached them too
@@ -138,6 +140,24 @@ class Gradients:
             if scale != 1.0:
                 view.mul_(scale)
         self.filled[index] = self.reached[index] = 1
+
+    def reside(self, index: int) -> None:
+        """Let autograd add the next gradients of parameter ``index`` to what has landed, where it lies: its gradient
+        is that view until :meth:`end_residence`. The parameter must have the landing buffer's dtype.
+        """
+        info = self.infos[index]
+        info.param.grad = self.landing_views[index]
+        self.resident.append(info)
+
+    def resides(self, index: int, grad: torch.Tensor | None) -> bool:
+        """Return whether ``grad`` is what has landed of parameter ``index``, where it lies."""
+        return grad is not None and bool(self.landing_views) and grad is self.landing_views[index]
+
+    def end_residence(self) -> None:
+        """Let parameters have no gradients of their own any more."""
+        for info in self.resident:
+            info.param.grad = None
+        self.resident.clear()
 
     def fill_missing(self) -> None:
         """Zero the gradients that have not landed: they count as zero in the sum over ranks."""

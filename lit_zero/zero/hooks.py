@@ -105,6 +105,8 @@ class Hooks:
         unit = parcel.unit
 
         def landed(param: torch.Tensor) -> None:
+            if self._reducer.unseen and not unit.sharded and lane.resides(index, param.grad):
+                return  # added where it lies, and not the last of the step
             self._gradient_comes()
             backward = present_backward()
             here = unit.armed or unit.brought == backward  # armed: a part of it may be recomputed in a backward inside
@@ -121,9 +123,11 @@ class Hooks:
 
         def taken(param: torch.Tensor) -> None:
             assert param.grad is not None
-            grad, param.grad = param.grad.detach(), None  # with create_graph=True it has a graph of its own
-            if grad.is_sparse:
-                grad = grad.to_dense()  # it travels in a flat buffer, where rows that nobody looked up are zeros
+            grad = None
+            if not lane.resides(index, param.grad):
+                grad, param.grad = param.grad.detach(), None  # with create_graph=True it has a graph of its own
+                if grad.is_sparse:
+                    grad = grad.to_dense()  # it travels in a flat buffer, where rows that nobody looked up are zeros
             if self._reducer.land(parcel, lane, index, grad):
                 if unit.landed >= unit.expected and not unit.has_frozen:
                     self._gatherer.backward_ends(unit)

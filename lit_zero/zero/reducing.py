@@ -71,6 +71,7 @@ class Reducer:
         self._finished: list[Parcel] = []  # order of completion in the first backward
         self._next = 0
         self.deferred = False  # the coming backward does not reduce: more micro-batches of this step follow
+        self.unseen = False  # nobody looks at gradients between it and the next one
 
     @property
     def lanes(self) -> list[Lane]:
@@ -106,8 +107,10 @@ class Reducer:
             for lane in parcel.lanes:
                 lane.begin_backward(fresh(lane))
 
-    def land(self, parcel: Parcel, lane: Lane, index: int, grad: torch.Tensor) -> bool:
-        """Take in one gradient; return whether it was the parcel's last."""
+    def land(self, parcel: Parcel, lane: Lane, index: int, grad: torch.Tensor | None) -> bool:
+        """Take in one gradient, ``None`` for one that autograd has added where it lies; return whether it was the
+        parcel's last.
+        """
         unit = parcel.unit
         if parcel not in self._expected:
             raise LitZeroError(
@@ -125,7 +128,9 @@ class Reducer:
         lane.seen[index] = 1
         parcel.landed += first
         unit.landed += first
-        if self._recycles and unit.outer:
+        if grad is None:
+            pass
+        elif self._recycles and unit.outer:
             # An outer unit's first gradients come when activations take most memory, its last ones at the very end: a
             # buffer for the whole would stand empty during the backward.
             parcel.waiting.append((lane, index, grad))
@@ -154,6 +159,9 @@ class Reducer:
                 self.complete(parcel)
         while self._flying:
             self._land_oldest()
+        if not self.unseen:
+            for lane in self.lanes:
+                lane.end_residence()
         if not self._keeps:
             self.give_back()
         if not self._order_learned and self._order:
@@ -176,7 +184,10 @@ class Reducer:
         if lane.landing is None:
             parcel.set_landing(self._acquire(parcel))
         # Scaling in the landing copy is free; 2-byte gradients are scaled after the sum, in fp32.
-        lane.land(index, grad, self._landing_scale(lane))
+        scale = self._landing_scale(lane)
+        lane.land(index, grad, scale)
+        if self.unseen and lane.hold and scale == 1.0 and lane.landing_dtype == lane.compute_dtype:
+            lane.reside(index)
 
     def _landing_scale(self, lane: Lane) -> float:
         return 1.0 / self._exchange.size if lane.landing_dtype.itemsize >= 4 else 1.0
@@ -186,6 +197,7 @@ class Reducer:
         for lane in parcel.lanes:
             if lane.landing is None:
                 parcel.set_landing(self._acquire(parcel))
+            lane.end_residence()
             lane.fill_missing()
             lanes.append(lane.reduction(1.0 / self._exchange.size / self._landing_scale(lane)))
         self._flying.append((parcel, self._exchange.reduce_scatter(lanes)))
