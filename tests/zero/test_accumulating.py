@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -16,8 +17,10 @@ from tests.zero.harness import BATCH, GPT, momentum, tokens
 STAGES = ("none", "stage1", "stage2", "stage3")
 WAYS = [(stage, way) for stage in STAGES for way in ("hold", "reduce") if (stage, way) != ("none", "reduce")]
 
-# What happens between two steps: r is a backward that reduces, h one inside no_reduce, z drops the gradients.
+# What happens between two steps: r is a backward that reduces, h one inside no_reduce, u one there that nobody sees
+# before the next, z drops the gradients.
 SEQUENCES = ("r", "rr", "rrr", "hr", "hhr", "hrr", "rhr", "rhhr", "zr", "rzr", "rrzr", "hrzhr")
+SEQUENCES += ("ur", "uuur", "huur", "uhr", "ruur", "uurzur")
 
 
 def weights_after(engine: Engine, model: GPT, optimizer: torch.optim.Optimizer, sequence: str) -> torch.Tensor:
@@ -29,11 +32,12 @@ def weights_after(engine: Engine, model: GPT, optimizer: torch.optim.Optimizer, 
                 optimizer.zero_grad()
                 continue
             loss = model.loss(tokens(10 * step + number, rows))
-            if what == "h":
-                with engine.no_reduce():
-                    engine.backward(loss)
-            else:
-                engine.backward(loss)
+            held = engine.no_reduce(unseen=what == "u") if what in "hu" else contextlib.nullcontext()
+            with held:
+                engine.begin_backward(continues=number > 0 and sequence[number - 1] == "u")
+                loss.backward()
+                engine.end_backward()
+            assert what == "u" or all(param.grad is None for param in model.parameters())
         engine.step()
     engine.detach()
     return torch.cat([p.detach().flatten() for p in model.parameters()])
@@ -102,3 +106,46 @@ def test_holding_reduces_once_and_reducing_reduces_every_time(ranks):
     for hold, reduce in zip(ranks(2).run(peaks, "hold"), ranks(2).run(peaks, "reduce"), strict=True):
         assert hold["between"] == 0 and hold["all"] > 0
         assert reduce["between"] == hold["all"] and reduce["all"] == 2 * hold["all"]
+
+
+class Routes(torch.nn.Module):
+    """Takes one way or another, looks up rows sparsely, and has a frozen weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = torch.nn.Embedding(16, 4, sparse=True)
+        self.ways = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(3))
+        self.ways[2].weight.requires_grad_(False)
+
+    def loss(self, number: int) -> torch.Tensor:
+        x = self.rows(torch.tensor([number, number + 1]))
+        return self.ways[2](self.ways[number % 2](x)).square().mean()
+
+
+def unseen_on_routes(sequence: str) -> tuple[list[torch.Tensor], list[int]]:
+    torch.manual_seed(0)
+    model = Routes()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    engine = Engine(model, [optimizer], zero=Zero("none"), exchange=open_exchange(Comm(), torch.device("cpu")))
+    where = []
+    for number, what in enumerate(sequence):
+        with engine.no_reduce(unseen=True) if what == "u" else contextlib.nullcontext():
+            engine.begin_backward(continues=number > 0)
+            model.loss(number).backward()
+            engine.end_backward()
+        where.append(sum(param.grad is not None for param in model.parameters()))
+    engine.step()
+    engine.detach()
+    return [param.detach() for param in model.parameters()], where
+
+
+def test_unseen_gradients_stay_with_parameters_until_the_last_backward():
+    torch.manual_seed(0)
+    model = Routes()
+    for number in range(4):
+        model.loss(number).backward()
+    expected = [p.detach() if p.grad is None else p.detach() - 0.5 * p.grad.to_dense() for p in model.parameters()]
+    found, where = unseen_on_routes("uuur")
+    assert where == [4, 6, 6, 0], "rows, the last bias, and a weight and a bias of each way that was taken"
+    for mine, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, other)
