@@ -119,7 +119,7 @@ def _numpys_mark(numpy: Any) -> Any:
 
     numpy takes its state apart number by number, 624 of them; here its memory is looked at as it is.
     """
-    bits = getattr(numpy.random, "get_bit_generator", lambda: None)()  # numpy 1.24 and later
+    bits: Any = getattr(numpy.random, "get_bit_generator", lambda: None)()  # numpy 1.24 and later
     if type(bits) is not numpy.random.MT19937:
         return repr(numpy.random.get_state())
     return ctypes.string_at(bits.ctypes.state_address, _MT19937_BYTES)

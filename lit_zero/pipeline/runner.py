@@ -190,7 +190,7 @@ class Runner:
     def _return(self, action: Compute, visit: _Visit) -> None:
         """Send the gradients of what was received back."""
         grads = [t.grad for t in visit.received]
-        self._give(action, [g for g in grads if g is not None], [g is not None for g in grads])
+        self._give(action, [g for g in grads if g is not None], tuple(g is not None for g in grads))
 
     def _inputs(self, action: Compute) -> None:
         visit = self._visits[action.stage, action.micro_batch]

@@ -78,6 +78,7 @@ class Stages(Dividing):
         self._engine: Engine | None = None
         self._metrics: Metrics | None = None
         self._orders: dict[tuple[bool, int], Any] = {}
+        self._alive: dict[int, int] = {}  # micro-batches of a stage at a time here, by how many there are
         self._written: set[str] = set()  # buffers that steps write to
         self._looking = False
         self._ran = 1  # micro-batches of the last training step
@@ -98,10 +99,12 @@ class Stages(Dividing):
     @property
     def crowd(self) -> tuple[int, int]:  # type: ignore[override]
         """Micro-batches of the last training step, and how many of one stage were alive at a time on this rank."""
-        alive: dict[int, list[Compute]] = {}
-        for action in self.schedule(True, self._ran).orders[self._position]:
-            alive.setdefault(action.stage, []).append(action)
-        return self._ran, max(in_flight(actions).held for actions in alive.values())
+        if self._ran not in self._alive:
+            stages: dict[int, list[Compute]] = {}
+            for action in self.schedule(True, self._ran).orders[self._position]:
+                stages.setdefault(action.stage, []).append(action)
+            self._alive[self._ran] = max(in_flight(actions).held for actions in stages.values())
+        return self._ran, self._alive[self._ran]
 
     @property
     def _position(self) -> int:

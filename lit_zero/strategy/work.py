@@ -107,8 +107,8 @@ class Work:
         self._engine.take(param)
 
     def random_state(self) -> Any:
-        """Return the states of the random generators that have moved since the micro-batch was seeded."""
-        return drawn_since(self._marks)
+        """Return the states of the random generators that have moved since the micro-batch was seeded, if any has."""
+        return drawn_since(self._marks) or None
 
     def set_random_state(self, micro_batch: int, state: Any) -> None:
         """Go on from the state that has come with an activation: now, or in the backward, where a checkpoint recomputes

@@ -84,6 +84,30 @@ def acknowledge() -> None:
     assert most <= 2
 
 
+NOTES = [None, (True, False), (True, False), (1, 0), (True,), None, {}, (False, True), (True, False), [True]]
+
+
+def notes() -> None:
+    """One key, and by turns the same and another note, shape and need of a gradient; what comes may be written to."""
+    rank = dist.get_rank()
+    transport = Transport([[0, 1]], CPU, SOON)
+    for number, note in enumerate([each for each in NOTES for _ in range(2)]):
+        shape, needs = (3 + number // 7, 2), number % 5 > 1
+        transport.post("key", 1 - rank)
+        transport.send(Message("key", [torch.full(shape, float(number)).requires_grad_(needs)], note), 1 - rank)
+        found = transport.wait("key")
+        assert repr(found.note) == repr(note), "(1, 0) is not (True, False)"
+        [tensor] = found.tensors
+        assert tensor.requires_grad is needs and tensor.shape == shape and bool((tensor == number).all())
+        if isinstance(found.note, (dict, list)):
+            found.note.clear()
+    transport.flush()
+
+
+def test_what_a_message_says_of_itself_is_its_own(ranks: Any) -> None:
+    ranks(2).run(notes)
+
+
 def test_what_was_received_takes_no_memory_at_the_sender(ranks: Any) -> None:
     ranks(2).run(acknowledge)
 
