@@ -28,8 +28,13 @@ def leaves(value: Any) -> Iterator[tuple[str, Any]]:
 
 def call_leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield ``(path, leaf)`` of a call's arguments: ``args[0]``, ``kwargs['mask']``."""
-    yield from ((f"args{path}", leaf) for path, leaf in leaves(args))
-    yield from ((f"kwargs{path}", leaf) for path, leaf in leaves(kwargs))
+    given = [(f"args[{index}]", value) for index, value in enumerate(args)]
+    given += [(f"kwargs[{key!r}]", value) for key, value in kwargs.items()]
+    for path, value in given:
+        if isinstance(value, torch.Tensor):  # mostly, and at once
+            yield path, value
+        else:
+            yield from ((path + further, leaf) for further, leaf in leaves(value))
 
 
 def tensors(value: Any) -> Iterator[torch.Tensor]:
@@ -45,6 +50,8 @@ def map_leaves(value: Any, function: Callable[[str, Any], Any], path: str = "") 
         function: gives the new leaf.
         path: of ``value`` itself.
     """
+    if isinstance(value, torch.Tensor):
+        return function(path, value)
     if isinstance(value, Mapping):
         items = {key: map_leaves(item, function, f"{path}[{key!r}]") for key, item in value.items()}
         if all(items[key] is item for key, item in value.items()):
