@@ -85,7 +85,7 @@ class Flat(torch.optim.Optimizer):
             owed_in(self.param_groups).forgive()  # else to ask whether there is a gradient would multiply it
         super().zero_grad(set_to_none)
 
-    def step_forms(self, parts: Sequence[Formed]) -> bool:
+    def step_forms(self, parts: Sequence[Formed], factor: torch.Tensor | None = None) -> bool:
         """See :class:`~lit_zero.core.forms.StepsForms`: in one launch, where kernels run and know the states."""
         if self._fused == "none" or not parts:
             return False
@@ -102,7 +102,7 @@ class Flat(torch.optim.Optimizer):
             arrays = tuple(_array(part, key, 0 if self.counts else part.origin.step) for key in keys)
             master = Array(_FORMS[part.master.kind], part.master.values, part.master.partner)
             segments.append(SmallSegment(number, master, part.grad, arrays, step))
-        small_step(self.rule, segments, [group.numbers() for group in numbers], self._tables)
+        small_step(self.rule, segments, [group.numbers() for group in numbers], self._tables, factor)
         return True
 
     # ---- what an optimizer says of itself
@@ -145,7 +145,7 @@ class Flat(torch.optim.Optimizer):
             walks = self._walks(held)
             if walks:
                 self._walk(held, factor)
-        if not walks:
+        if held and not walks:  # with none held, somebody has stepped with the gradients, and may bring them back
             owed.settle()
             self._leave_to_torch(held)
         return loss

@@ -66,7 +66,7 @@ class Clipping(Passing):
 
     def heeds(self, optimizer: torch.optim.Optimizer) -> bool:
         """Return whether the next step of ``optimizer`` changes nothing where its ``found_inf`` says so."""
-        return any(binding.pays for binding in self.bindings if binding.optimizer is optimizer)
+        return any(binding.heeds for binding in self.bindings if binding.optimizer is optimizer)
 
     def clip_grad_value(self, max_value: float, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Clamp every gradient element of one optimizer, or of all, to ``[-max_value, max_value]``."""

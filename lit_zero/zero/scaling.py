@@ -2,7 +2,8 @@
 
 [Note: the loss scale] Where the step pays, a loss scale is taken off by it too, so that gradients are read twice and
 never written: once to see whether all are finite and to sum their squares, and once by the step. The sum is kept: if
-nothing has changed them when they are clipped, their norm takes no further pass.
+nothing has changed them when they are clipped, their norm takes no further pass. An overflow is told to the step, and
+nobody waits for the device: hooks after the step run as ever, and gradients are dropped.
 """
 
 from __future__ import annotations
@@ -50,13 +51,18 @@ class Scaling:
 
     @property
     def pays(self) -> bool:
-        """Whether steps multiply gradients by what they are owed, and heed ``found_inf``; the same on all ranks that
-        divide the lanes, whichever part of them is here.
-        """
+        """Whether steps multiply gradients by what they are owed."""
         optimizer = self.optimizer
         return isinstance(optimizer, Pays) and all(
-            not lane.keeper.walks and optimizer.pays(lane.master.stand_in(), lane.handed_dtype) for lane in self._lanes
+            not lane.keeper.away and optimizer.pays(lane.master.stand_in(), lane.handed_dtype) for lane in self._lanes
         )
+
+    @property
+    def heeds(self) -> bool:
+        """Whether steps change nothing where ``found_inf`` says so; the same on all ranks that divide the lanes,
+        whichever part of them is here: all take the step then, or none does.
+        """
+        return self.pays and not any(lane.keeper.walks for lane in self._lanes)
 
     def scale(self, factor: torch.Tensor) -> None:
         """Multiply the gradients by a 0-d factor, by the end of the next step at the latest."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,14 +15,20 @@ from torch import nn
 from lit_zero import optim
 from lit_zero.comm import Comm
 from lit_zero.comm.open import open_exchange
+from lit_zero.core.errors import LitZeroError
 from lit_zero.core.owing import Owing
 from lit_zero.optim.flat import Flat
 from lit_zero.precision import Lowering, Precision
+from lit_zero.precision.small import Small
 from lit_zero.strategy.precision import agreeing_scaler
 from lit_zero.zero import Zero
 from lit_zero.zero.access import Access
 from lit_zero.zero.engine import Engine
+from tests.fabric.test_training import fp16
+from tests.kernels.conftest import interpreting
 from tests.optim.beside import PlainLion, groups, model
+from tests.strategy.harness import STAGES, Fit, distance, train_all
+from tests.strategy.test_precision import ADAMW, Overflowing, half, scales
 
 CLIP = 1e-2  # of gradients whose norm is some 3
 
@@ -346,58 +353,212 @@ def test_a_step_that_torch_has_to_take_settles_first(counts):
     assert (before - masters(engine)).norm().item() == pytest.approx(CLIP, rel=1e-3) and whole > 2 * CLIP
 
 
+def clipped_too_early() -> list[str]:
+    """Clip micro-batches that wait for the last one to be summed over the ranks; return what is said."""
+    said = []
+    with interpreting(), pytest.MonkeyPatch.context() as patch:
+        for owes in (True, False):
+            if not owes:
+                at_once(patch)
+            engine = engine_on(stage="stage1")
+            with pytest.raises(LitZeroError) as caught:
+                with engine.no_reduce():
+                    engine.backward(loss_of(engine.model, 0))
+                engine.clip_grad_norm(CLIP)
+                engine.backward(loss_of(engine.model, 1))
+            said.append(str(caught.value))
+            engine.exchange.close()
+    return said
+
+
+def test_clipping_too_early_is_refused_as_ever(ranks):
+    pytest.importorskip("triton", reason="triton has no build for this system")
+    for owed, at_once in ranks(2).run(clipped_too_early):
+        assert owed == at_once
+
+
+# ---- small state
+
+
+def small_state(**settings: Any) -> dict[str, Any]:
+    policy = Precision(**settings)
+    return {"lowering": Lowering(policy, None), "keeping": Small(policy, torch.device("cpu"))}
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_step_on_small_forms_pays(counts, monkeypatch, keep):
+    """But for the first, which is taken in portions."""
+    found = []
+    for owes in (True, False):
+        if not owes:
+            at_once(monkeypatch)
+        engine = engine_on(**small_state(moments="int8"), keep_gradients=keep)
+        counts.take()
+        after = []
+        for number in range(3):
+            engine.bindings[0].optimizer.zero_grad()
+            engine.backward(loss_of(engine.model, number))
+            engine.clip_grad_norm(CLIP)
+            engine.step()
+        assert counts.products == (1 if owes else 3)
+        if keep:
+            after = [gradients(engine).norm().item()]
+            assert after == [pytest.approx(CLIP, rel=1e-3)]
+            engine.step()
+        found.append((masters(engine), after))
+    assert torch.equal(found[0][0], found[1][0]) and found[0][1] == found[1][1]
+
+
+def test_a_step_that_small_forms_do_not_know_settles_first(counts, monkeypatch):
+    found = []
+    for owes in (True, False):
+        if not owes:
+            at_once(monkeypatch)
+        engine = engine_on(partial(adamw, amsgrad=True), **small_state(moments="int8"))
+        train(engine)
+        found.append(masters(engine))
+    assert counts.products == 4
+    assert torch.equal(*found)
+
+
 # ---- with a loss scaler
 
 
-class Scaled:
-    """Training with a loss scale, on a CPU; overflows in some steps.
+def scaled(
+    net: nn.Module, optimizer: torch.optim.Optimizer, engine: Engine | None = None, infinite: bool = True
+) -> list[tuple[float, float]]:
+    """Train with a loss scale on a CPU; return the norm before clipping and the scale after each step.
 
     Args:
         net: the module.
-        scaler: of torch or ours.
-        clip: clips, and returns the norm before.
-        step: takes one step after a backward.
+        optimizer: made on it.
+        engine: that manages both; ``None``: one process without one.
+        infinite: the loss is in two of the steps.
     """
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
+    if engine is not None:
+        scaler = agreeing_scaler(scaler, lambda _: engine)
+    notes = []
+    for number in range(4):
+        loss = scaler.scale(loss_of(net, number)) * (float("inf") if infinite and number in (0, 2) else 1.0)
+        loss.backward() if engine is None else engine.backward(loss)
+        scaler.unscale_(optimizer)
+        if engine is None:
+            norm = torch.nn.utils.clip_grad_norm_(net.parameters(), CLIP)
+        else:
+            norm = engine.clip_grad_norm(CLIP, optimizer=optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        notes.append((norm.item() if number in (1, 3) else 0.0, scaler.get_scale()))
+    return notes
 
-    overflows = (0, 2)
 
-    def run(self, engine: Engine | None, net: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 4) -> Any:
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
-        if engine is not None:
-            scaler = agreeing_scaler(scaler, lambda _: engine)
-        notes = []
-        for number in range(steps):
-            loss = scaler.scale(loss_of(net, number)) * (float("inf") if number in self.overflows else 1.0)
-            loss.backward() if engine is None else engine.backward(loss)
-            scaler.unscale_(optimizer)
-            if engine is None:
-                norm = torch.nn.utils.clip_grad_norm_(net.parameters(), CLIP)
-            else:
-                norm = engine.clip_grad_norm(CLIP, optimizer=optimizer)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-            notes.append((norm.item(), scaler.get_scale()))
-        return notes
+def whole(net: nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in net.parameters()])
 
 
 @pytest.mark.parametrize("stage", ["none", "stage3"])
-def test_the_loss_scale_is_taken_off_by_the_step(counts, stage):
+def test_the_loss_scale_is_taken_off_by_the_step(counts, monkeypatch, stage):
     """A step reads gradients twice, writes none, and the host learns nothing of an overflow."""
     net = model()
-    expected = Scaled().run(None, net, torch.optim.AdamW(groups(net), lr=1e-2))
-    weights = torch.cat([p.detach().flatten() for p in net.parameters()])
+    expected = scaled(net, torch.optim.AdamW(groups(net), lr=1e-2))
     counts.take()
     engine = engine_on(stage=stage)
     (binding,) = engine.bindings
-    found = Scaled().run(engine, engine.model, binding.optimizer)
+    monkeypatch.delattr(torch.amp.GradScaler, "_maybe_opt_step")  # which reads the verdict
+    found = scaled(engine.model, binding.optimizer, engine)
     assert counts.take() == (4, 4, 0, 0)
-    assert [scale for _, scale in found] == [scale for _, scale in expected]
-    norms = [norm for norm, _ in found if norm < float("inf")]
-    assert norms == pytest.approx([norm for norm, _ in expected if 0 < norm < float("inf")], rel=1e-5)
-    assert len(norms) == 2
-    steps = {state["step"].item() for state in binding.optimizer.state.values()}
-    assert steps == {2.0}
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-6)
+    assert {state["step"].item() for state in binding.optimizer.state.values()} == {2.0}
     engine.detach()
-    mine = torch.cat([p.detach().flatten() for p in engine.model.parameters()])
-    torch.testing.assert_close(mine, weights, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(whole(engine.model), whole(net), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("between", [read, by_hand, infinite_norm, clip_values], ids=lambda between: between.__name__)
+def test_whoever_looks_sees_the_loss_scale_taken_off(counts, monkeypatch, between):
+    """What is known of the norm is no longer, then."""
+    found = []
+    for owes in (True, False):
+        if not owes:
+            at_once(monkeypatch)
+        engine = engine_on()
+        (optimizer,) = (binding.optimizer for binding in engine.bindings)
+        scaler = agreeing_scaler(torch.amp.GradScaler("cpu", init_scale=2.0**10), lambda _, engine=engine: engine)
+        engine.backward(scaler.scale(loss_of(engine.model, 0) * 1e-4))
+        scaler.unscale_(optimizer)
+        between(engine)
+        norm = engine.clip_grad_norm(CLIP / 1000).item()
+        scaler.step(optimizer)
+        assert counts.passes == (0 if owes else 1)
+        found.append((norm, masters(engine)))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
+    assert torch.equal(found[0][1], found[1][1])
+
+
+def on_ranks(stages: tuple[str, ...]) -> dict[str, Any]:
+    """The last of them overflows; its loss counts half."""
+    found = {}
+    with interpreting(), pytest.MonkeyPatch.context() as patch:
+        counts = Counts(patch)
+        for stage in stages:
+            engine = engine_on(stage=stage)
+            counts.take()
+            last = engine.exchange.rank == engine.exchange.size - 1
+            notes = scaled(engine.model, engine.bindings[0].optimizer, engine, infinite=last)
+            launches = counts.take()
+            engine.detach()
+            found[stage] = notes, launches, whole(engine.model)
+    return found
+
+
+def test_ranks_agree_on_an_overflow_on_the_device(ranks):
+    pytest.importorskip("triton", reason="triton has no build for this system")
+    net = model()
+    expected = scaled(net, torch.optim.AdamW(groups(net), lr=1e-2))
+    for found in ranks(2).run(on_ranks, ("none", "stage3"), timeout=120):
+        for stage, (notes, launches, weights) in found.items():
+            for mine, theirs in zip(notes, expected, strict=True):
+                assert mine == pytest.approx(theirs, rel=1e-6), stage
+            assert launches == (4, 4, 0, 0)
+            torch.testing.assert_close(weights, whole(net), rtol=1e-5, atol=1e-6)
+            assert torch.equal(weights, found["none"][2])
+
+
+def in_lightning(fits: list[Fit], root: Path) -> Any:
+    with interpreting(), pytest.MonkeyPatch.context() as patch:
+        patch.delattr(torch.amp.GradScaler, "_maybe_opt_step")
+        return train_all(fits, root)
+
+
+@pytest.mark.thorough
+def test_lightning_skips_steps_on_the_device(ranks, tmp_path):
+    """Clipped, with a schedule, in every stage: as without kernels, and without the method that reads the verdict."""
+    arguments = {"overflows": (0, 3), **ADAMW}
+    fits = [
+        Fit({"zero": stage, "fused": "auto"}, 2, half(gradient_clip_val=0.2), module=Overflowing, arguments=arguments)
+        for stage in STAGES
+    ]
+    for each in fits:
+        each.look = scales
+    plain = ranks(2).run(train_all, fits[:1], tmp_path / "plain", timeout=300)[0][0]
+    for mine in ranks(2).run(in_lightning, fits, tmp_path / "kernels", timeout=300)[0]:
+        assert mine.notes == plain.notes
+        assert mine.column("lr-AdamW/pg1") == plain.column("lr-AdamW/pg1")
+        assert distance(mine.weights, plain.weights) < 1e-4
+
+
+def in_fabric(stage: str) -> Any:
+    with interpreting(), pytest.MonkeyPatch.context() as patch:
+        patch.delattr(torch.amp.GradScaler, "_maybe_opt_step")
+        return fp16({"zero": stage, "fused": "auto"}, 2)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_loop_of_fabrics_skips_steps_on_the_device(ranks, stage):
+    alone = fp16("auto", 1)
+    first, second = ranks(2).run(in_fabric, stage)
+    assert first.notes == second.notes == alone.notes
+    assert distance(first.weights, alone.weights) < 2e-3
