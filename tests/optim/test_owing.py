@@ -220,6 +220,11 @@ def step_twice(engine: Engine) -> None:
     assert engine._keep and engine.bindings[0].grads(), "as in torch"
 
 
+def step_and_go_on(engine: Engine) -> None:
+    engine.step()
+    accumulate(engine)
+
+
 # What comes between clipping and the step: whether gradients stay after it, how many products it costs.
 BETWEEN: dict[Callable[[Engine], None], tuple[bool, int]] = {
     accumulate: (False, 1),
@@ -235,6 +240,7 @@ BETWEEN: dict[Callable[[Engine], None], tuple[bool, int]] = {
     skip: (True, 0),
     clear_one_by_one: (False, 0),
     step_twice: (True, 1),
+    step_and_go_on: (True, 1),
 }
 
 
