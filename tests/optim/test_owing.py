@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,9 @@ from lit_zero.zero.engine import Engine
 from tests.fabric.test_training import fp16
 from tests.kernels.conftest import interpreting
 from tests.optim.beside import PlainLion, groups, model
+from tests.pipeline.test_composition import Overflowing as Piped
+from tests.pipeline.test_composition import scales as piped_scales
+from tests.pipeline.test_training import piped
 from tests.strategy.harness import STAGES, Fit, distance, train_all
 from tests.strategy.test_precision import ADAMW, Overflowing, half, scales
 
@@ -552,6 +556,25 @@ def test_lightning_skips_steps_on_the_device(ranks, tmp_path):
     for mine in ranks(2).run(in_lightning, fits, tmp_path / "kernels", timeout=300)[0]:
         assert mine.notes == plain.notes
         assert mine.column("lr-AdamW/pg1") == plain.column("lr-AdamW/pg1")
+        assert distance(mine.weights, plain.weights) < 1e-4
+
+
+@pytest.mark.thorough
+def test_the_stages_of_a_pipeline_skip_steps_on_the_device(ranks, tmp_path):
+    """Only one of them has seen the overflow."""
+    given = {"where": "model.blocks.3.up.weight", "overflows": (0, 3), **ADAMW, "layers": 4}
+    trainer = partial(half, gradient_clip_val=0.2)
+    fits = [
+        replace(piped(stage), module=Piped, arguments=given, trainer=trainer(), look=piped_scales)
+        for stage in ("none", "stage2", "stage3")
+    ]
+    for each in fits:
+        assert isinstance(each.zero, dict)
+        each.zero["fused"] = "auto"
+    plain = ranks(2).run(train_all, fits[:1], tmp_path / "plain", timeout=300)[0][0]
+    assert len({rate for _, rate in plain.notes}) < len(plain.notes)
+    for mine in ranks(2).run(in_lightning, fits, tmp_path / "kernels", timeout=300)[0]:
+        assert mine.notes == plain.notes
         assert distance(mine.weights, plain.weights) < 1e-4
 
 
