@@ -59,7 +59,11 @@ class SmallSegment:
 
 
 def small_step(
-    rule: str, segments: Sequence[SmallSegment], groups: Sequence[Sequence[float]], tables: Tables | None = None
+    rule: str,
+    segments: Sequence[SmallSegment],
+    groups: Sequence[Sequence[float]],
+    tables: Tables | None = None,
+    grad_scale: torch.Tensor | None = None,
 ) -> None:
     """Step segments in place, those of one combination of forms in one launch. Where kernels run only.
 
@@ -68,6 +72,7 @@ def small_step(
         segments: all on one device.
         groups: hyper-parameters by the segments' group numbers, as the rule reads them.
         tables: keeps what was uploaded for the next step.
+        grad_scale: gradients are multiplied by it; 0-d fp32 on the device.
     """
     tables = tables or Tables()
     found: dict[tuple[Any, ...], list[SmallSegment]] = {}
@@ -79,5 +84,5 @@ def small_step(
     from lit_zero.kernels.triton_small import launch
 
     for each in found.values():
-        launch(rule, each, groups, tables)
+        launch(rule, each, groups, tables, grad_scale)
         torch.autograd.graph.increment_version([segment.param.values for segment in each])  # autograd has not seen it

@@ -27,7 +27,13 @@ _STEP = tl.constexpr(as_int32(STEP))
 _BLOCK = tl.constexpr(BLOCK)
 
 
-def launch(rule: str, segments: Sequence[SmallSegment], groups: Sequence[Sequence[float]], tables: Tables) -> None:
+def launch(
+    rule: str,
+    segments: Sequence[SmallSegment],
+    groups: Sequence[Sequence[float]],
+    tables: Tables,
+    grad_scale: torch.Tensor | None = None,
+) -> None:
     """Launch one kernel over segments that are alike in their forms; none is empty."""
     first, device = segments[0], segments[0].grad.device
     rows = tables.table([_row(segment) for segment in segments], ROWS * BLOCK, device)
@@ -40,6 +46,7 @@ def launch(rule: str, segments: Sequence[SmallSegment], groups: Sequence[Sequenc
             rows.owners,
             rows.counters,
             numbers,
+            numbers if grad_scale is None else grad_scale,
             seeds,
             table(True, device),
             table(False, device),
@@ -50,6 +57,7 @@ def launch(rule: str, segments: Sequence[SmallSegment], groups: Sequence[Sequenc
             FIRST=forms[0],
             SECOND=forms[1],
             COUNTED=first.step is not None,
+            SCALED=grad_scale is not None,
             WIDTH=rows.width,
             NUMBERS=numbers.shape[1],
             SEEDS=seeds.shape[1],
@@ -80,6 +88,7 @@ def walk_small(  # type: ignore[no-untyped-def]
     owners,
     counters,
     numbers,
+    grad_scale,
     seeds,
     signed,
     unsigned,
@@ -90,6 +99,7 @@ def walk_small(  # type: ignore[no-untyped-def]
     FIRST: tl.constexpr,
     SECOND: tl.constexpr,
     COUNTED: tl.constexpr,
+    SCALED: tl.constexpr,
     WIDTH: tl.constexpr,
     NUMBERS: tl.constexpr,
     SEEDS: tl.constexpr,
@@ -102,6 +112,9 @@ def walk_small(  # type: ignore[no-untyped-def]
     numbers += tl.load(row + 1) * NUMBERS
     seeds += segment * SEEDS
     block = (tl.program_id(0).to(tl.int64) - tl.load(row + 2)) * ROWS + tl.arange(0, ROWS)
+    factor = tl.load(numbers)
+    if SCALED:
+        factor *= tl.load(grad_scale)
     count = 0.0
     step = 0
     if COUNTED:
@@ -112,7 +125,7 @@ def walk_small(  # type: ignore[no-untyped-def]
     here = index < numel
     param = _load(addresses, index, block, here, numel, PARAM, signed, unsigned)
     grads = tl.load(addresses + 2).to(tl.pointer_type(GRAD))
-    grad = tl.load(grads + index, mask=here, other=0.0).to(tl.float32) * tl.load(numbers)
+    grad = tl.load(grads + index, mask=here, other=0.0).to(tl.float32) * factor
     first = param
     second = param
     if STATES > 0:

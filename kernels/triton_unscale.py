@@ -59,14 +59,14 @@ def _block(
     if SCALES:
         value = value * tl.load(scale).to(value.dtype)
         put(base, at, value, at < numel, DTYPE, WHOLE, BLOCK)
+    value = value.to(tl.float64)  # neither too large to be squared, nor dependent on where blocks begin
     tl.store(sums + tl.program_id(0), tl.sum(value * value, axis=0))
 
 
 def launch(tensors: Sequence[torch.Tensor], scale: torch.Tensor | None, found_inf: torch.Tensor | None) -> torch.Tensor:
     """Run the kernel on tensors of one dtype, none of them empty; return the sum of squares, 0-d, fp64."""
     dtype, table = tensors[0].dtype, table_of(tensors, _BLOCK)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    sums = torch.empty(len(table.owners), dtype=wide, device=tensors[0].device)
+    sums = torch.empty(len(table.owners), dtype=torch.float64, device=tensors[0].device)
     with torch.cuda.device_of(sums):
         _unscale[(len(sums),)](
             table.rows,
@@ -82,4 +82,4 @@ def launch(tensors: Sequence[torch.Tensor], scale: torch.Tensor | None, found_in
             BLOCK=_BLOCK,
             **OPTIONS,
         )
-    return sums.sum(dtype=torch.float64)
+    return sums.sum()

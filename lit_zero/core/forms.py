@@ -70,6 +70,8 @@ class Formed:
 class StepsForms(Protocol):
     """An optimizer that may step arrays as they lie; else they are brought to fp32, portion by portion."""
 
-    def step_forms(self, parts: Sequence[Formed]) -> bool:
-        """Step all parts, their counters included, and return true; or do nothing and return false."""
+    def step_forms(self, parts: Sequence[Formed], factor: torch.Tensor | None = None) -> bool:
+        """Step all parts, their counters included, with their gradients times ``factor`` (0-d), and return true; or do
+        nothing and return false.
+        """
         ...

@@ -11,6 +11,7 @@ from torch import nn
 
 from lit_zero.core.errors import ConfigError, UnsupportedError, check_choice
 from lit_zero.core.forms import Form, Formed
+from lit_zero.core.owing import owed_in
 from lit_zero.kernels import Segment, Tables, runs_kernel
 from lit_zero.kernels.noise import seed_of
 from lit_zero.kernels.segments import STEPPED
@@ -74,7 +75,17 @@ class Flat(torch.optim.Optimizer):
         """See :class:`~lit_zero.core.copying.TakesCopies`."""
         self._copies, self.has_copied = copies, False
 
-    def step_forms(self, parts: Sequence[Formed]) -> bool:
+    def pays(self, param: torch.Tensor, gradient: torch.dtype) -> bool:
+        """See :class:`~lit_zero.core.owing.Pays`: where a kernel of ours steps."""
+        return self._fused == "auto" and runs_kernel(param) and param.dtype in STEPPED and gradient in STEPPED
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As of torch's class."""
+        if set_to_none:
+            owed_in(self.param_groups).forgive()  # else to ask whether there is a gradient would multiply it
+        super().zero_grad(set_to_none)
+
+    def step_forms(self, parts: Sequence[Formed], factor: torch.Tensor | None = None) -> bool:
         """See :class:`~lit_zero.core.forms.StepsForms`: in one launch, where kernels run and know the states."""
         if self._fused == "none" or not parts:
             return False
@@ -91,7 +102,7 @@ class Flat(torch.optim.Optimizer):
             arrays = tuple(_array(part, key, 0 if self.counts else part.origin.step) for key in keys)
             master = Array(_FORMS[part.master.kind], part.master.values, part.master.partner)
             segments.append(SmallSegment(number, master, part.grad, arrays, step))
-        small_step(self.rule, segments, [group.numbers() for group in numbers], self._tables)
+        small_step(self.rule, segments, [group.numbers() for group in numbers], self._tables, factor)
         return True
 
     # ---- what an optimizer says of itself
@@ -127,18 +138,26 @@ class Flat(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        held = list(self._held())
         self.has_copied = False
+        owed = owed_in(self.param_groups)
+        with owed.lent() as factor:
+            held = list(self._held())
+            walks = self._walks(held)
+            if walks:
+                self._walk(held, factor)
+        if held and not walks:  # with none held, somebody has stepped with the gradients, and may bring them back
+            owed.settle()
+            self._leave_to_torch(held)
+        return loss
+
+    def _walks(self, held: Sequence[tuple[dict[str, Any], nn.Parameter]]) -> bool:
+        """Return whether :meth:`_walk` steps what is held, and not torch."""
         for group in self.param_groups:
             if "fused" in self.defaults:  # the groups of a checkpoint may have been of another mind
                 group["fused"] = not self._needs_walk(group) and all(map(is_torchs_own, group["params"]))
         own = any(self._needs_walk(group) or _is_mixed(param) for group, param in held)
         own = own and all(_is_flat(param) for _, param in held)
-        if held and (own or all(_is_kernels(param) for _, param in held)):
-            self._walk(held)
-        else:
-            self._leave_to_torch(held)
-        return loss
+        return bool(held) and (own or all(_is_kernels(param) for _, param in held))
 
     def _held(self) -> Iterator[tuple[dict[str, Any], nn.Parameter]]:
         for group in self.param_groups:
@@ -156,12 +175,12 @@ class Flat(torch.optim.Optimizer):
         for group, param in held:
             if not self._needs_walk(group):  # else how a step begins is torch's affair
                 self._prepare(group, param)
-        if fused or grad_scale is None:
+        if fused or (grad_scale is None and found_inf is None):
             self._plain_step(None)
             return
         for _, param in held:
-            assert param.grad is not None
-            param.grad.div_(grad_scale.to(param.device))
+            if grad_scale is not None and param.grad is not None:
+                param.grad.div_(grad_scale.to(param.device))
         vars(self).update(found_inf=None, grad_scale=None)  # which torch's other ways do not know
         try:
             self._plain_step(None)
@@ -174,8 +193,8 @@ class Flat(torch.optim.Optimizer):
         # Hooks run around our own step. torch puts them around the class's the first time it is instantiated.
         return (step.__wrapped__ if getattr(step, "hooked", False) else step)(self, closure)
 
-    def _walk(self, held: Sequence[tuple[dict[str, Any], nn.Parameter]]) -> None:
-        """Step segments, all of a device together."""
+    def _walk(self, held: Sequence[tuple[dict[str, Any], nn.Parameter]], factor: torch.Tensor | None = None) -> None:
+        """Step segments, all of a device together, with their gradients times ``factor``."""
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         numbers: dict[Any, int] = {}
         segments: dict[torch.device, list[Segment]] = {}
@@ -188,9 +207,11 @@ class Flat(torch.optim.Optimizer):
             segments.setdefault(param.device, []).append(self._segment(number, group, param))
         for device, each in segments.items():
             # torch's scale is what gradients are divided by.
-            factor = None if grad_scale is None else grad_scale.to(device, torch.float64).reciprocal().float()
+            scale = None if grad_scale is None else grad_scale.to(device, torch.float64).reciprocal().float()
+            if factor is not None:
+                scale = factor.to(device) if scale is None else factor.to(device) * scale
             found = None if found_inf is None else found_inf.to(device, torch.float32)
-            self._kernel()(each, list(numbers), factor, found, self._tables)
+            self._kernel()(each, list(numbers), scale, found, self._tables)
         self.has_copied = True
 
     def _begins(self, group: dict[str, Any], param: nn.Parameter) -> bool:

@@ -126,6 +126,10 @@ class FabricZeroStrategy(Ranked, fabric_strategies.ParallelStrategy):
         """Return the engine of a module that was set up; the module itself or what Fabric made of it."""
         return self._managed.of(module).engine
 
+    def _engine_of(self, optimizer: torch.optim.Optimizer) -> Engine:
+        found = self._managed.find_optimizer(optimizer)
+        return (self._managed.any() if found is None else found[0]).engine
+
     # ---- what Fabric's connector sets
 
     @property
@@ -143,7 +147,7 @@ class FabricZeroStrategy(Ranked, fabric_strategies.ParallelStrategy):
                 "'16-true'."
             )
         if isinstance(plugin, fabric_plugins.MixedPrecision) and plugin.scaler is not None:
-            plugin.scaler = agreeing_scaler(plugin.scaler, lambda: self._managed.any().engine)
+            plugin.scaler = agreeing_scaler(plugin.scaler, self._engine_of)
         self._precision = plugin
 
     @property

@@ -53,25 +53,35 @@ class _AgreeingScaler(torch.amp.GradScaler):
     """A loss scaler on which all ranks agree: one rank's overflow skips the step everywhere.
 
     Attributes:
-        skipped: by the id of each optimizer: its last step was skipped.
+        skipped: by the id of each optimizer, on the device: not zero if its last step was skipped.
     """
 
-    _engine: Callable[[], Engine]
-    skipped: dict[int, bool]
+    _engine: Callable[[torch.optim.Optimizer], Engine]
+    skipped: dict[int, torch.Tensor]
 
     def _unscale_grads_(
         self, optimizer: Any, inv_scale: Any, found_inf: Any, allow_fp16: bool
     ) -> dict[torch.device, torch.Tensor]:
-        # Gradients are views that share one buffer with others of the group, so they are not grouped by storage here.
-        found = super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16)
-        engine = self._engine()
-        flags = [here.to(engine.device) for here in found.values()]  # by device
-        flag = flags[0] if flags else torch.zeros(1, device=engine.device)
-        for other in flags[1:]:
-            flag = torch.maximum(flag, other)
+        engine = self._engine(optimizer)
+        flag = engine.unscale(optimizer, inv_scale)
+        if flag is None:
+            # Gradients are views that share one buffer with others of the group, so they are not grouped by storage.
+            found = super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16)
+            flag = torch.zeros((), device=engine.device)
+            for here in found.values():  # by device
+                flag = torch.maximum(flag, here.to(engine.device))
         flag = engine.everyone.maximum(flag)
-        self.skipped[id(optimizer)] = bool(flag.item())
+        self.skipped[id(optimizer)] = flag
         return {flag.device: flag}
+
+    def _maybe_opt_step(self, optimizer: Any, optimizer_state: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if not self._engine(optimizer).heeds(optimizer):
+            return super()._maybe_opt_step(optimizer, optimizer_state, *args, **kwargs)
+        vars(optimizer)["found_inf"] = self.skipped[id(optimizer)]  # nobody waits for the device
+        try:
+            return optimizer.step(*args, **kwargs)
+        finally:
+            del vars(optimizer)["found_inf"]
 
 
 def over_shards(plugin: Precision, engine: Callable[[], Engine], strict: bool) -> Precision:
@@ -101,17 +111,19 @@ def over_shards(plugin: Precision, engine: Callable[[], Engine], strict: bool) -
     covered._engine, covered._strict = engine, strict
     scaler = getattr(plugin, "scaler", None)
     if scaler is not None:
-        covered.scaler = agreeing_scaler(scaler, engine)
+        covered.scaler = agreeing_scaler(scaler, lambda _: engine())
     result: Precision = covered
     return result
 
 
-def agreeing_scaler(scaler: torch.amp.GradScaler, engine: Callable[[], Engine]) -> torch.amp.GradScaler:
+def agreeing_scaler(
+    scaler: torch.amp.GradScaler, engine: Callable[[torch.optim.Optimizer], Engine]
+) -> torch.amp.GradScaler:
     """Return a loss scaler that goes on from ``scaler`` and on which all ranks agree.
 
     Args:
         scaler: the user's, or the one that Lightning has made.
-        engine: returns an engine, once there is one, whose ranks are to agree.
+        engine: returns the engine that an optimizer belongs to, whose ranks are to agree.
     """
     agreeing = object.__new__(_AgreeingScaler)
     agreeing.__dict__.update(vars(scaler))
@@ -144,7 +156,7 @@ def hold_with_skipped_steps(scheduler: Any, plugin: Precision) -> None:
 
     def step(self: Any, *args: Any, **kwargs: Any) -> None:
         own = getattr(self, "optimizer", None)  # some schedulers steer by other means than an optimizer of theirs
-        if not (any(scaler.skipped.values()) if own is None else scaler.skipped.get(id(own), False)):
+        if not (any(scaler.skipped.values()) if own is None else bool(scaler.skipped.get(id(own), False))):
             base.step(self, *args, **kwargs)
 
     scheduler.__class__ = type(

@@ -18,15 +18,17 @@ from torch import nn
 from lit_zero.core.copying import TakesCopies
 from lit_zero.core.errors import LitZeroError
 from lit_zero.core.layout import Entry
+from lit_zero.core.owing import Owed, Owing
 from lit_zero.core.shards import WholeParameters
 from lit_zero.zero.info import ParamInfo
 from lit_zero.zero.lane import Lane
+from lit_zero.zero.scaling import Scaling
 from lit_zero.zero.segment import Segment, copied_value, is_elementwise, is_live
 from lit_zero.zero.states import States
 from lit_zero.zero.walking import Walking
 
 
-class Binding(Walking, States):
+class Binding(Walking, Scaling, States):
     """One optimizer and its segments.
 
     Args:
@@ -60,7 +62,7 @@ class Binding(Walking, States):
         self.segments: list[Segment] = []
         self._shaped, self.looks_at_whole = shaped, isinstance(optimizer, WholeParameters)
         self.granular = shaped or self.looks_at_whole
-        self._taken = []
+        self._taken, self.owed = [], Owed()
         if getattr(optimizer, "_step_supports_amp_scaling", False):
             # A loss scaler is then to unscale before the step, as it does for others: what is clipped are the true
             # gradients, and all ranks have agreed on an overflow before one of them steps.
@@ -97,13 +99,13 @@ class Binding(Walking, States):
             for lane, entry, first, last in self._entries():
                 view = lane.master.part(first, last).stand_in()
                 view = view.view(entry.shape) if self._shaped else view
-                self._hold(Segment(lane, first, last, nn.Parameter(view), entry), entry.group)
+                self._hold(Segment(lane, first, last, self._param(view), entry), entry.group)
         else:
             for lane, number, first, last in self._runs():
-                self._hold(Segment(lane, first, last, nn.Parameter(lane.master.part(first, last).stand_in())), number)
+                self._hold(Segment(lane, first, last, self._param(lane.master.part(first, last).stand_in())), number)
         if not self.segments and self._lanes and self.group_names:
             # This rank's shards hold nothing of the optimizer's. An empty segment tells it when gradients are dropped.
-            self._hold(Segment(self._lanes[0], 0, 0, nn.Parameter(self._lanes[0].master.part(0, 0).stand_in())), 0)
+            self._hold(Segment(self._lanes[0], 0, 0, self._param(self._lanes[0].master.part(0, 0).stand_in())), 0)
         if isinstance(self.optimizer, TakesCopies):
             copies = ((segment.param, segment.lane.copy_of(segment.first, segment.last)) for segment in self.segments)
             self.optimizer.take_copies({param: copy for param, copy in copies if copy is not None})
@@ -116,6 +118,11 @@ class Binding(Walking, States):
         hooks: Mapping[int, Any] = self.optimizer._optimizer_step_post_hooks
         engines_is_first = next(iter(hooks), None) == self.post_hook
         return engines_is_first and isinstance(self.optimizer, TakesCopies) and self.optimizer.has_copied
+
+    def _param(self, elements: torch.Tensor) -> nn.Parameter:
+        param = Owing(elements)
+        param.owed = self.owed
+        return param
 
     def _hold(self, segment: Segment, number: int) -> None:
         if segment.lane.handed_dtype != segment.lane.master_dtype:
@@ -217,6 +224,7 @@ class Binding(Walking, States):
         Raises:
             LitZeroError: if a gradient that stands for a sum to come has been changed: the change would be lost.
         """
+        self._squares = None
         kept = [segment for segment in self.segments if segment.param.grad is not None]
         for segment in kept:
             grad = segment.param.grad
@@ -243,6 +251,7 @@ class Binding(Walking, States):
             LitZeroError: if the optimizer's groups hold something else than the segments.
         """
         self._check_groups()
+        self._squares = None
         grads: dict[Lane, torch.Tensor] = {}
         for segment in self.segments:
             if segment.lane not in lanes and (segment.first < segment.last or segment.entry is not None):
@@ -279,12 +288,15 @@ class Binding(Walking, States):
 
     def drop_cleared(self) -> None:
         """Let go of the memory of gradients that the user has cleared."""
-        if all(segment.param.grad is None for segment in self.segments):
+        with self.owed.lent():
+            cleared = not self.grads()
+        if cleared:
             self.drop_gradients()
 
     def drop_gradients(self) -> None:
         """Let go of the gradients."""
-        self._taken = []
+        self._taken, self._squares = [], None
+        self.owed.forgive()
         for segment in self.segments:
             segment.param.grad = None
         for lane in self._lanes:
@@ -296,19 +308,3 @@ class Binding(Walking, States):
         dtypes = {lane.master_dtype for lane in self._lanes}
         dtypes |= {info.master_dtype for info in self._absent if info.optimizer == self.number}
         return torch.float64 in dtypes
-
-    def grads(self) -> list[torch.Tensor]:
-        """Return the gradients of all segments."""
-        return [segment.param.grad for segment in self.segments if segment.param.grad is not None]
-
-    def own_grads(self) -> list[torch.Tensor]:
-        """Return the gradients of the elements that this rank owns; over all ranks every element comes once."""
-        grads = []
-        for segment in self.segments:
-            grad = segment.param.grad
-            if grad is None or not segment.lane.counts:
-                continue
-            grad = grad.view(-1)[segment.own]
-            if grad.numel():
-                grads.append(grad)
-        return grads

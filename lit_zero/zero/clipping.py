@@ -53,6 +53,21 @@ class Clipping(Passing):
         scale_to_norm(self.bindings_of(optimizer), norm, max_norm)
         return norm
 
+    def unscale(self, optimizer: torch.optim.Optimizer, factor: torch.Tensor) -> torch.Tensor | None:
+        """Multiply the gradients of an optimizer by ``factor`` if its step can do so in passing.
+
+        Returns:
+            0-d, fp32: whether one of the elements that this rank answers for is infinite or NaN. ``None`` if the step
+            cannot: nothing is done.
+        """
+        found = torch.zeros((), device=self.device)
+        binding = next((each for each in self.bindings if each.optimizer is optimizer), None)
+        return None if binding is None or not binding.unscale(factor.to(self.device), found) else found
+
+    def heeds(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Return whether the next step of ``optimizer`` changes nothing where its ``found_inf`` says so."""
+        return any(binding.heeds for binding in self.bindings if binding.optimizer is optimizer)
+
     def clip_grad_value(self, max_value: float, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Clamp every gradient element of one optimizer, or of all, to ``[-max_value, max_value]``."""
         self._refuse_passed()

@@ -24,13 +24,21 @@ def grad_norm(
         device: where gradients lie.
         norm_type: 2, another power, or infinity for the largest element.
     """
-    grads = [grad for binding in bindings for grad in binding.own_grads()]
+    known, grads = list[torch.Tensor](), list[torch.Tensor]()
+    for binding in bindings:
+        squares = binding.squares() if norm_type == 2.0 else None
+        if squares is None:
+            grads += binding.own_grads()
+        else:
+            known.append(squares.to(device))
     dtype = torch.float64 if any(binding.has_fp64 for binding in bindings) else torch.float32
     if norm_type == float("inf"):
         peaks = [grad.abs().amax().to(device, dtype) for grad in grads if grad.numel()]
         peak = torch.stack(peaks).amax() if peaks else torch.zeros((), dtype=dtype, device=device)
         return exchange.maximum(peak)
     total = sum_of_powers(grads, norm_type, device)
+    if known:
+        total = total + torch.stack(known).sum()
     norm: torch.Tensor = exchange.sum_in_rank_order(total) ** (1.0 / norm_type)
     return norm.to(dtype)
 
@@ -39,6 +47,4 @@ def scale_to_norm(bindings: Sequence[Binding], norm: torch.Tensor, max_norm: flo
     """Scale gradients of the given norm down to ``max_norm``, as ``torch.nn.utils.clip_grad_norm_`` does."""
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for binding in bindings:
-        grads = binding.grads()
-        for device in {grad.device for grad in grads}:
-            torch._foreach_mul_([grad for grad in grads if grad.device == device], factor.to(device))
+        binding.scale(factor)

@@ -31,6 +31,7 @@ from torch import nn
 from lit_zero.core.errors import LitZeroError
 from lit_zero.core.forms import Form, Formed, Origin, StepsForms
 from lit_zero.core.keeping import Content
+from lit_zero.core.owing import Owed
 from lit_zero.core.ticket import Failed, Ticket
 from lit_zero.zero.lane import Lane
 from lit_zero.zero.segment import Segment, copied_value, is_elementwise
@@ -45,11 +46,13 @@ class Walking:
     Attributes:
         optimizer: the user's.
         segments: what its groups hold.
+        owed: what their gradients are still to be multiplied by.
         had_backward: the closure that runs has run a backward, which has stepped.
     """
 
     optimizer: torch.optim.Optimizer
     segments: list[Segment]
+    owed: Owed
     _run: Callable[[Callable[[], None]], Ticket]
     _taken: list[tuple[Segment, torch.Tensor]]  # what the last step has used
     _last: Twin | None = None  # knows what states the optimizer keeps
@@ -94,14 +97,18 @@ class Walking:
         self._end_closure()
         twin, todo = self._twin(), dict[Lane, list[Callable[[], None]]]()
         self._taken = []
-        for segment in self.segments:  # unit by unit, as the next forward needs them
-            grad = segment.param.grad
-            if grad is None or not segment.lane.keeper.walks:
-                continue
-            self._taken.append((segment, grad))
+        with self.owed.lent() as factor:
+            for segment in self.segments:  # unit by unit, as the next forward needs them
+                grad = segment.param.grad
+                if grad is not None and segment.lane.keeper.walks:
+                    self._taken.append((segment, grad))
+            filled = [(segment, grad) for segment, grad in self._taken if segment.first < segment.last]
+            formed = self._step_forms(filled, factor)
+        if not formed:
+            self.owed.settle()
+        for segment, _ in self._taken:
             segment.param.grad = None
-        filled = [(segment, grad) for segment, grad in self._taken if segment.first < segment.last]
-        for segment, grad in [] if self._step_forms(filled) else filled:
+        for segment, grad in [] if formed else filled:
             todo.setdefault(segment.lane, []).append(partial(self._step, twin, segment, grad))
         for lane, steps in todo.items():
             lane.stepped = self._run(partial(_all, steps))
@@ -159,15 +166,17 @@ class Walking:
         lane.drop_gradients()
         lane.count_step()
 
-    def _step_forms(self, filled: Sequence[tuple[Segment, torch.Tensor]]) -> bool:
-        """Let the optimizer step segments as they lie, if it can; return whether it has."""
+    def _step_forms(self, filled: Sequence[tuple[Segment, torch.Tensor]], factor: torch.Tensor | None = None) -> bool:
+        """Let the optimizer step segments as they lie, if it can, with their gradients times ``factor``; return whether
+        it has.
+        """
         if not filled or not isinstance(self.optimizer, StepsForms):
             return False
         if any(segment.lane.keeper.away for segment, _ in filled):
             return False
         parts = [self._formed(segment, grad) for segment, grad in filled]
         known = [part for part in parts if part is not None]
-        if len(known) < len(parts) or not self.optimizer.step_forms(known):
+        if len(known) < len(parts) or not self.optimizer.step_forms(known, factor):
             return False
         for segment, _ in filled:
             if not segment.lane.split:
@@ -193,8 +202,9 @@ class Walking:
 
     def restore(self) -> None:
         """Hold the gradients again that the last step has taken away."""
-        for segment, grad in self._taken:
-            segment.param.grad = grad
+        with self.owed.lent():  # they are owed what they were
+            for segment, grad in self._taken:
+                segment.param.grad = grad
         self._taken = []
 
     def _step(self, twin: Twin, segment: Segment, grad: torch.Tensor) -> None:

@@ -156,6 +156,7 @@ def all_small() -> None:
     for rule in ("lion_rule", "sgd_rule"):
         small_step(rule, [SmallSegment(0, *plain, (small_array(SIGNED),))], numbers)
     small_step("sgd_rule", [SmallSegment(0, *plain, ())], numbers)
+    small_step("sgd_rule", [SmallSegment(0, *plain, ())], numbers, None, torch.ones(()))
 
 
 EVERYTHING = [all_unscale, all_pack, all_quantize, all_signs, all_lamb, all_split, all_moments, all_small]

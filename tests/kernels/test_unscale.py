@@ -40,7 +40,7 @@ def test_kernel_equals_the_reference(device):
     expected = [value.clone() for value in values]
     total = unscale(values, scale, found)
     assert (total.dtype, total.dim(), total.device, found.item()) == (torch.float64, 0, scale.device, 0.0)
-    torch.testing.assert_close(total, unscale_reference(expected, scale), rtol=1e-6, atol=0)
+    torch.testing.assert_close(total, unscale_reference(expected, scale), rtol=1e-12, atol=0)
     for value, each in zip(values, expected, strict=True):
         torch.testing.assert_close(value, each, rtol=0, atol=0)
 
@@ -55,7 +55,7 @@ def test_without_a_scale_it_only_looks(device):
     values = tensors(device, (torch.float32, torch.bfloat16))
     expected = [value.clone() for value in values]
     total = unscale(values)
-    torch.testing.assert_close(total, unscale_reference(expected), rtol=1e-6, atol=0)
+    torch.testing.assert_close(total, unscale_reference(expected), rtol=1e-12, atol=0)
     assert all(torch.equal(value, each) for value, each in zip(values, expected, strict=True))
 
 
@@ -80,6 +80,12 @@ def test_found_inf_is_never_taken_back(device):
     values = [torch.full((3,), float("inf"), device=device)]
     unscale_reference(values, None, found)
     assert found.item() == 1.0
+
+
+def test_squares_may_be_larger_than_fp32_holds(device):
+    found = zero(device)
+    total = unscale([torch.full((5000,), 1e30, device=device)], None, found)
+    assert total.item() == pytest.approx(5e63) and found.item() == 0.0
 
 
 def test_nothing_sums_to_zero(device):

@@ -8,7 +8,8 @@ from torch import nn
 
 from lit_zero.comm import Comm
 from lit_zero.comm.open import open_exchange
-from lit_zero.optim import LAMB, Muon
+from lit_zero.optim import LAMB, AdamW, Muon
+from lit_zero.strategy.precision import agreeing_scaler
 from lit_zero.zero import Zero
 from lit_zero.zero.engine import Engine
 from tests.optim.whole import groups
@@ -51,3 +52,29 @@ def test_under_the_engine_it_learns(kind, stage):
         losses.append(loss.item())
     engine.detach()
     assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize("stage", ["none", "stage3"])
+def test_a_clipped_step_with_a_loss_scale_waits_for_nothing(stage):
+    """But for the first, which compiles and uploads."""
+    torch.manual_seed(0)
+    model = GPT()
+    optimizer = AdamW(groups(model), lr=1e-2)
+    engine = Engine(model, [optimizer], zero=Zero(stage), exchange=open_exchange(Comm(), CUDA), device=CUDA)
+    scaler = agreeing_scaler(torch.amp.GradScaler("cuda", init_scale=2.0**10), lambda _: engine)
+    for number in range(3):
+        loss = scaler.scale(model.loss(tokens(number).to(CUDA)))
+        engine.backward(loss * float("inf") if number == 1 else loss)
+        torch.cuda.set_sync_debug_mode("error" if number else "default")
+        try:
+            scaler.unscale_(optimizer)
+            engine.clip_grad_norm(0.1, optimizer=optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        optimizer.zero_grad()
+    assert scaler.get_scale() == 2.0**9
+    assert {state["step"].item() for state in optimizer.state.values()} == {2.0}
+    engine.detach()
+    assert all(param.isfinite().all() for param in model.parameters())
