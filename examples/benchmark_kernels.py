@@ -5,8 +5,9 @@
     python examples/benchmark_kernels.py --device cuda --plot kernels.svg
 
 What is timed stands in the files ``kernel_cases_*.py`` beside this one: each has a function ``cases(device, sizes)``.
-Contenders take turns (A B C A B C ...), so that a machine that slows down slows all of them; the table shows medians
-over the turns. A package that is not installed has a row that says so.
+Contenders take turns (A B C, B C A, ...), in memory that is new in each turn, so that a machine that slows down slows
+all of them; the table shows medians over the turns, of ratios too. A package that is not installed has a row that says
+so.
 """
 
 from __future__ import annotations

@@ -1,4 +1,9 @@
-"""What benchmarks of kernels share: contenders that take turns, a copy's bandwidth beside them, a table, a plot."""
+"""What benchmarks of kernels share: contenders that take turns, a copy's bandwidth beside them, a table, a plot.
+
+[Note: memory anew for each turn] On a CPU the same kernel over the same data in other memory takes 5 percent more or
+less, and what is made first in a process is slowest: it gets the scattered pages. So contenders are built anew in each
+turn, each as often first as any other, and ratios are formed within turns.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +27,8 @@ class Contender:
 
     Attributes:
         name: as the table shows it.
-        build: makes all that it needs on the device and returns what does the work once. What it raises (a package
-            that is not installed, no kernel for this device) becomes the contender's row.
+        build: makes all that it needs on the device and returns what does the work once. It is called in each turn.
+            What it raises (a package that is not installed, no kernel for this device) becomes the contender's row.
         moved: bytes that it cannot but read and write, where they are not the case's.
     """
 
@@ -53,7 +58,7 @@ class Timed:
 
     Attributes:
         case: the case.
-        seconds: of each contender, one median for each round.
+        seconds: of each contender, one median for each round; in the same order for all.
         failed: why a contender did not run.
         bandwidth: bytes per second that a copy reads and writes on the same device, in the same rounds.
     """
@@ -67,9 +72,14 @@ class Timed:
         """Bytes per second of a contender, of those that it cannot but move."""
         return (contender.moved or self.case.moved) / statistics.median(self.seconds[contender.name])
 
+    def ratio(self, contender: Contender) -> float:
+        """How long a contender takes, in times of the first one."""
+        first = self.seconds[self.case.contenders[0].name]
+        return statistics.median(one / other for one, other in zip(self.seconds[contender.name], first, strict=True))
+
 
 def measure(case: Case, device: torch.device, rounds: int, repeats: int) -> Timed:
-    """Let the contenders of a case and a copy take turns.
+    """Let the contenders of a case and a copy take turns. See [Note: memory anew for each turn].
 
     Args:
         case: what is measured.
@@ -77,27 +87,34 @@ def measure(case: Case, device: torch.device, rounds: int, repeats: int) -> Time
         rounds: turns of each.
         repeats: runs in a turn; its median counts.
     """
-    timed, ready = Timed(case), dict[str, Run]()
-    for contender in case.contenders:
-        try:
-            run = contender.build()
-            run()  # makes states, compiles
-            ready[contender.name] = run
-        except Exception as error:
-            text = str(error).strip().splitlines()
-            timed.failed[contender.name] = f"{type(error).__name__}: {text[0] if text else ''}"
+    timed = Timed(case)
+    contenders = [*case.contenders, Contender(_COPY, lambda: _copy(device))]
+    for turn in range(rounds):
+        first = turn % len(contenders)
+        ready = dict[str, Run]()
+        for contender in contenders[first:] + contenders[:first]:
+            if contender.name in timed.failed:
+                continue
+            try:
+                run = contender.build()
+                run()  # makes states, compiles
+                ready[contender.name] = run
+            except Exception as error:
+                text = str(error).strip().splitlines()
+                timed.failed[contender.name] = f"{type(error).__name__}: {text[0] if text else ''}"
+        for name, run in ready.items():
+            timed.seconds.setdefault(name, []).append(_seconds(run, device, repeats))
+        del run
+        ready.clear()
+        gc.collect()  # the next turn needs the memory
+    timed.bandwidth = 2 * COPIED / statistics.median(timed.seconds.pop(_COPY))
+    return timed
+
+
+def _copy(device: torch.device) -> Run:
     source = torch.ones(COPIED // 4, device=device)
     target = torch.empty_like(source)
-    ready[_COPY] = lambda: target.copy_(source)
-    names = list(ready)
-    for turn in range(rounds):
-        first = turn % len(names)  # what comes behind the same one each time inherits the same caches
-        for name in names[first:] + names[:first]:
-            timed.seconds.setdefault(name, []).append(_seconds(ready[name], device, repeats))
-    timed.bandwidth = 2 * COPIED / statistics.median(timed.seconds.pop(_COPY))
-    ready.clear()
-    gc.collect()  # the next case needs the memory
-    return timed
+    return lambda: target.copy_(source)
 
 
 def _seconds(run: Run, device: torch.device, repeats: int) -> float:
@@ -121,7 +138,7 @@ def _seconds(run: Run, device: torch.device, repeats: int) -> float:
 def table(timed: Timed) -> str:
     """Return a case as a table in Markdown."""
     case = timed.case
-    ours = timed.seconds.get(case.contenders[0].name)
+    ours = case.contenders[0].name in timed.seconds
     rows = [
         f"| {case.name} | median, ms | best, ms | of ours | GB/s | of a copy's {timed.bandwidth / 1e9:.1f} GB/s |",
         "|---|---|---|---|---|---|",
@@ -132,7 +149,7 @@ def table(timed: Timed) -> str:
             continue
         seconds, rate = timed.seconds[contender.name], timed.rate(contender)
         middle = statistics.median(seconds)
-        ratio = f"{middle / statistics.median(ours):.2f}" if ours else ""
+        ratio = f"{timed.ratio(contender):.2f}" if ours else ""
         cells = [f"{middle * 1e3:.2f}", f"{min(seconds) * 1e3:.2f}", ratio, f"{rate / 1e9:.1f}"]
         rows.append("| " + " | ".join([contender.name, *cells, f"{rate / timed.bandwidth:.0%}"]) + " |")
     return "\n".join(rows)

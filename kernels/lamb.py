@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from lit_zero.kernels.choice import runs_kernel
+from lit_zero.kernels.reductions import sum_of_squares
 
 PORTION = 1 << 15  # elements: what the reference reads and writes of them stays in a core's cache
 
@@ -69,54 +70,63 @@ class LambPiece:
                 yield begin, end, False
 
 
-def lamb_moments(pieces: Sequence[LambPiece]) -> torch.Tensor:
+def lamb_moments(
+    pieces: Sequence[LambPiece], grad_scale: torch.Tensor | None = None, found_inf: torch.Tensor | None = None
+) -> torch.Tensor:
     """Count the step and update the moments of every piece; return the sums of squares of its parameter and of its
     update, over the elements that count; fp64, shape ``[pieces, 2]``.
 
     Args:
         pieces: at least one, all on one device.
+        grad_scale: gradients are multiplied by it; 0-d fp32 on the device.
+        found_inf: not zero: nothing changes, counts included, and the sums are of no use; 0-d fp32 on the device.
     """
-    torch._foreach_add_([piece.step for piece in pieces], 1.0)
+    torch._foreach_add_([piece.step for piece in pieces], 1.0 if found_inf is None else (found_inf == 0).float())
     sums = torch.empty(len(pieces), 2, dtype=torch.float64, device=pieces[0].param.device)
     for same in _by_format(pieces):
         each = [pieces[number] for number in same]
         if _runs_kernel(each):
             from lit_zero.kernels.triton_lamb import launch_moments
 
-            found = launch_moments(each)
+            found = launch_moments(each, grad_scale, found_inf)
         else:
-            found = moments_reference(each)
+            found = moments_reference(each, grad_scale, found_inf)
         if len(same) == len(pieces):
             return found
         torch._foreach_copy_([sums[number] for number in same], list(found.unbind()))
     return sums
 
 
-def moments_reference(pieces: Sequence[LambPiece]) -> torch.Tensor:
+def moments_reference(
+    pieces: Sequence[LambPiece], grad_scale: torch.Tensor | None = None, found_inf: torch.Tensor | None = None
+) -> torch.Tensor:
     """Do what :func:`lamb_moments` does, piece by piece; the steps are counted already."""
     sums = torch.zeros(len(pieces), 2, dtype=torch.float64, device=pieces[0].param.device)
+    if found_inf is not None and bool(found_inf):
+        return sums
     for piece, total in zip(pieces, sums.unbind(), strict=True):
         corrections = _corrections(piece)
         for part, counts in _portions(piece):
             exp_avg, exp_avg_sq, grad = (_wide(each[part]) for each in (piece.exp_avg, piece.exp_avg_sq, piece.grad))
+            grad = grad if grad_scale is None else grad * grad_scale.to(grad.dtype)
             exp_avg.lerp_(grad, 1.0 - piece.group.beta1)
             exp_avg_sq.mul_(piece.group.beta2).addcmul_(grad, grad, value=1.0 - piece.group.beta2)
             _put_back(piece.exp_avg[part], exp_avg)
             _put_back(piece.exp_avg_sq[part], exp_avg_sq)
             if counts:
                 both = piece.param[part], _update(piece, part, corrections)
-                norms = [torch.linalg.vector_norm(each, dtype=torch.float64) for each in both]
-                total.add_(torch.stack(norms).square_())
+                total.add_(torch.stack([sum_of_squares(each) for each in both]))
     return sums
 
 
-def lamb_apply(pieces: Sequence[LambPiece], sums: torch.Tensor) -> None:
+def lamb_apply(pieces: Sequence[LambPiece], sums: torch.Tensor, found_inf: torch.Tensor | None = None) -> None:
     """Move every piece against its update.
 
     Args:
         pieces: as the first half has left them.
         sums: what it has returned, for whole parameters. Where one of the two is zero, the learning rate is taken as it
             is.
+        found_inf: as the first half has had it.
     """
     norms = sums.sqrt()
     ratios = torch.where((norms > 0).all(1), norms[:, 0] / norms[:, 1], 1.0)
@@ -126,14 +136,16 @@ def lamb_apply(pieces: Sequence[LambPiece], sums: torch.Tensor) -> None:
         if _runs_kernel(each):
             from lit_zero.kernels.triton_lamb import launch_apply
 
-            launch_apply(each, those.float())
+            launch_apply(each, those.float(), found_inf)
             torch.autograd.graph.increment_version([piece.param for piece in each])  # a kernel writes behind its back
         else:
-            apply_reference(each, those)
+            apply_reference(each, those, found_inf)
 
 
-def apply_reference(pieces: Sequence[LambPiece], ratios: torch.Tensor) -> None:
+def apply_reference(pieces: Sequence[LambPiece], ratios: torch.Tensor, found_inf: torch.Tensor | None = None) -> None:
     """Move every piece against its update, piece by piece; ``ratios``: of the parameter's norm to the update's."""
+    if found_inf is not None and bool(found_inf):
+        return
     for piece, ratio in zip(pieces, ratios, strict=True):
         rate, corrections = ratio * piece.group.lr if piece.group.adapt else piece.group.lr, _corrections(piece)
         for part, _ in _portions(piece):

@@ -38,6 +38,8 @@ def _moments(
     owners,
     groups,
     sums,
+    grad_scale,
+    found_inf,
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
     STATE: tl.constexpr,
@@ -45,14 +47,22 @@ def _moments(
     WIDTH: tl.constexpr,
     HEAD: tl.constexpr,
     BLOCK: tl.constexpr,
+    SCALED: tl.constexpr,
+    CHECKED: tl.constexpr,
 ):
+    if CHECKED:  # noqa: SIM102 (what is known when a kernel is compiled stands apart)
+        if tl.load(found_inf) != 0:
+            return
+    factor = 1.0
+    if SCALED:
+        factor *= tl.load(grad_scale)
     row = rows + tl.load(owners + tl.program_id(0)) * WIDTH
     group = groups + tl.load(row + 1) * NUMBERS
     begin = (tl.program_id(0) - tl.load(row + 2)) * BLOCK  # int64, as the table is
     if (tl.load(row + 3) != 0) & (begin + BLOCK <= tl.load(row)):  # [Note: whole blocks]
-        _moments_of_block(row, row + HEAD, group, begin, sums, True, PARAM, GRAD, STATE, BLOCK)
+        _moments_of_block(row, row + HEAD, group, begin, sums, factor, True, PARAM, GRAD, STATE, BLOCK)
     else:
-        _moments_of_block(row, row + HEAD, group, begin, sums, False, PARAM, GRAD, STATE, BLOCK)
+        _moments_of_block(row, row + HEAD, group, begin, sums, factor, False, PARAM, GRAD, STATE, BLOCK)
 
 
 @triton.jit
@@ -62,6 +72,7 @@ def _moments_of_block(
     group,
     begin,
     sums,
+    factor,
     WHOLE: tl.constexpr,
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
@@ -71,7 +82,7 @@ def _moments_of_block(
     at = begin + tl.arange(0, BLOCK)
     inside = at < tl.load(row)
     param = fetch(tl.load(addresses).to(tl.pointer_type(PARAM)), at, inside, WHOLE, BLOCK)
-    grad = fetch(tl.load(addresses + 2).to(tl.pointer_type(GRAD)), at, inside, WHOLE, BLOCK)
+    grad = fetch(tl.load(addresses + 2).to(tl.pointer_type(GRAD)), at, inside, WHOLE, BLOCK) * factor
     firsts = tl.load(addresses + 4).to(tl.pointer_type(STATE))
     seconds = tl.load(addresses + 6).to(tl.pointer_type(STATE))
     exp_avg = tl.load(group + 1) * fetch(firsts, at, inside, WHOLE, BLOCK) + tl.load(group + 2) * grad
@@ -107,13 +118,18 @@ def _apply(
     owners,
     groups,
     ratios,
+    found_inf,
     PARAM: tl.constexpr,
     STATE: tl.constexpr,
     NUMBERS: tl.constexpr,
     WIDTH: tl.constexpr,
     HEAD: tl.constexpr,
     BLOCK: tl.constexpr,
+    CHECKED: tl.constexpr,
 ):
+    if CHECKED:  # noqa: SIM102 (what is known when a kernel is compiled stands apart)
+        if tl.load(found_inf) != 0:
+            return
     owner = tl.load(owners + tl.program_id(0))
     row = rows + owner * WIDTH
     group = groups + tl.load(row + 1) * NUMBERS
@@ -147,7 +163,9 @@ def _apply_to_block(
     put(params, at, param - rate * update, inside, PARAM, WHOLE, BLOCK)
 
 
-def launch_moments(pieces: Sequence[LambPiece]) -> torch.Tensor:
+def launch_moments(
+    pieces: Sequence[LambPiece], grad_scale: torch.Tensor | None = None, found_inf: torch.Tensor | None = None
+) -> torch.Tensor:
     """Do the first half for pieces of one format; the steps are counted already. See ``lamb_moments``."""
     device, numbers = pieces[0].param.device, _numbers(pieces)
     # Rows of what counts come first, one for each piece; it may be empty.
@@ -164,18 +182,28 @@ def launch_moments(pieces: Sequence[LambPiece]) -> torch.Tensor:
         sums = torch.empty(len(table.owners), 2, dtype=torch.float32, device=device)
         with torch.cuda.device_of(totals):
             _moments[(len(table.owners),)](
-                table.rows, table.owners, _uploaded(numbers, device), sums, **_formats(pieces), **_sizes(table)
+                table.rows,
+                table.owners,
+                _uploaded(numbers, device),
+                sums,
+                sums if grad_scale is None else grad_scale,
+                sums if found_inf is None else found_inf,
+                SCALED=grad_scale is not None,
+                CHECKED=found_inf is not None,
+                **_formats(pieces),
+                **_sizes(table),
             )
             _add_up[(len(rows),)](table.rows, sums, totals, WIDTH=table.width, BLOCK=_BLOCK, SUMS=_SUMS, **OPTIONS)
     return totals[: len(pieces)]
 
 
-def launch_apply(pieces: Sequence[LambPiece], ratios: torch.Tensor) -> None:
+def launch_apply(pieces: Sequence[LambPiece], ratios: torch.Tensor, found_inf: torch.Tensor | None = None) -> None:
     """Do the second half for pieces of one format.
 
     Args:
         pieces: as in :func:`launch_moments`.
         ratios: of the parameter's norm to the update's, fp32 ``[pieces]``.
+        found_inf: not zero: nothing changes.
     """
     device, numbers = pieces[0].param.device, _numbers(pieces)
     table = _TABLES.table([_row(piece, 0, piece.param.numel(), numbers) for piece in pieces], _BLOCK, device)
@@ -183,7 +211,14 @@ def launch_apply(pieces: Sequence[LambPiece], ratios: torch.Tensor) -> None:
         formats = {key: value for key, value in _formats(pieces).items() if key != "GRAD"}
         with torch.cuda.device_of(ratios):
             _apply[(len(table.owners),)](
-                table.rows, table.owners, _uploaded(numbers, device), ratios, **formats, **_sizes(table)
+                table.rows,
+                table.owners,
+                _uploaded(numbers, device),
+                ratios,
+                ratios if found_inf is None else found_inf,
+                CHECKED=found_inf is not None,
+                **formats,
+                **_sizes(table),
             )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from lit_zero.kernels.choice import runs_kernel
 from lit_zero.kernels.many import by_dtype
+from lit_zero.kernels.reductions import sum_of_squares
 
 
 def unscale(
@@ -51,5 +52,5 @@ def unscale_reference(
         if scale is not None:
             product = product * scale.to(product.dtype)
             tensor.copy_(product)
-        sums.append(torch.linalg.vector_norm(product, dtype=torch.float64).square())
+        sums.append(sum_of_squares(product))
     return torch.stack(sums).sum() if sums else torch.zeros((), dtype=torch.float64)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from lit_zero.kernels import AdagradGroup, adagrad_step
+from lit_zero.optim.direct import Gathered
 from lit_zero.optim.flat import Flat
 
 
@@ -29,6 +30,20 @@ class Adagrad(Flat, torch.optim.Adagrad):
     def _numbers(self, group: dict[str, Any], begins: bool) -> AdagradGroup:
         lr, decay = float(group["lr"]), group["lr_decay"]
         return AdagradGroup(lr, decay, group["eps"], group["weight_decay"], group["maximize"])
+
+    def _call_torchs(self, group: dict[str, Any], held: Gathered, grad_scale: torch.Tensor | None) -> None:
+        torch._fused_adagrad_(
+            held.params,
+            held.grads,
+            held.states[0],
+            held.steps,
+            lr=float(group["lr"]),
+            lr_decay=group["lr_decay"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=group["maximize"],
+            grad_scale=grad_scale,
+        )
 
     def _kernel(self) -> Callable[..., None]:
         return adagrad_step

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from lit_zero.kernels import AdamGroup, adamw_step
+from lit_zero.optim.direct import Gathered
 from lit_zero.optim.flat import Flat
 
 
@@ -30,6 +31,27 @@ class Adam(Flat, torch.optim.Adam):
             group["weight_decay"],
             group["decoupled_weight_decay"],
             group["maximize"],
+        )
+
+    def _call_torchs(self, group: dict[str, Any], held: Gathered, grad_scale: torch.Tensor | None) -> None:
+        kernel = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
+        first, second, *peak = held.states
+        beta1, beta2 = map(float, group["betas"])
+        kernel(
+            held.params,
+            held.grads,
+            first,
+            second,
+            peak[0] if peak else [],
+            held.steps,
+            lr=float(group["lr"]),
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            amsgrad=group["amsgrad"],
+            maximize=group["maximize"],
+            grad_scale=grad_scale,
         )
 
     def _kernel(self) -> Callable[..., None]:

@@ -16,6 +16,7 @@ from lit_zero.kernels import Segment, Tables, runs_kernel
 from lit_zero.kernels.noise import seed_of
 from lit_zero.kernels.segments import STEPPED
 from lit_zero.kernels.small import DITHERED, PLAIN, ROUNDED, SIGNED, SPLIT, UNSIGNED, Array, SmallSegment, small_step
+from lit_zero.optim.direct import Gathered, gather
 
 FUSED = ("auto", "none")
 _TORCHS = {True: "auto", False: "none", None: "none"}  # what torch's classes take, in our words
@@ -127,6 +128,16 @@ class Flat(torch.optim.Optimizer):
         """Return whether torch's fused kernels cannot step the group's parameters as its class does."""
         return False
 
+    def _call_torchs(self, group: dict[str, Any], held: Gathered, grad_scale: torch.Tensor | None) -> None:
+        """Call torch's fused kernel for a CPU; the step is counted already.
+
+        Args:
+            group: whose hyper-parameters are taken.
+            held: what is stepped.
+            grad_scale: what gradients are divided by, 0-d fp32.
+        """
+        raise NotImplementedError
+
     # ---- the step
 
     @torch.no_grad()
@@ -140,6 +151,8 @@ class Flat(torch.optim.Optimizer):
                 loss = closure()
         self.has_copied = False
         owed = owed_in(self.param_groups)
+        if not owed and self._step_directly():
+            return loss
         with owed.lent() as factor:
             held = list(self._held())
             walks = self._walks(held)
@@ -158,6 +171,30 @@ class Flat(torch.optim.Optimizer):
         own = any(self._needs_walk(group) or _is_mixed(param) for group, param in held)
         own = own and all(_is_flat(param) for _, param in held)
         return bool(held) and (own or all(_is_kernels(param) for _, param in held))
+
+    def _step_directly(self) -> bool:
+        """Step by torch's kernels for a CPU, if all parameters lie as those expect and have been stepped before; return
+        whether it was done. See [Note: what stands around a kernel].
+        """
+        found = list[tuple[dict[str, Any], Gathered]]()
+        for group in self.param_groups:
+            if self._needs_walk(group):
+                return False
+            gathered = gather(group["params"], self.state, self._keys(group), self.counts)
+            if gathered is None or (gathered.params and runs_kernel(gathered.params[0])):
+                return False
+            found.append((group, gathered))
+        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        if found_inf is not None and bool(found_inf):
+            return True
+        scale = None if grad_scale is None else grad_scale.to("cpu", torch.float32)
+        for group, gathered in found:
+            if "fused" in self.defaults:
+                group["fused"] = True
+            if gathered.params:
+                gathered.count()
+                self._call_torchs(group, gathered, scale)
+        return True
 
     def _held(self) -> Iterator[tuple[dict[str, Any], nn.Parameter]]:
         for group in self.param_groups:

@@ -10,13 +10,15 @@ import torch
 from lit_zero.core.errors import UnsupportedError
 from lit_zero.core.shards import WholeParameters
 from lit_zero.kernels.lamb import LambGroup, LambPiece, lamb_apply, lamb_moments
+from lit_zero.optim.scaling import Scaled
 from lit_zero.optim.settings import check_settings
 from lit_zero.optim.state import MOMENTS, with_moments
 
 
-class LAMB(WholeParameters, torch.optim.Optimizer):
+class LAMB(Scaled, WholeParameters, torch.optim.Optimizer):
     """Adam for large batches, in every ZeRO stage: the norms of parameters that are divided over ranks take one sum of
-    two numbers for each parameter a step.
+    two numbers for each parameter a step. It takes the scale of a loss scaler, see
+    :class:`~lit_zero.optim.scaling.Scaled`.
 
     Args:
         params: parameters or groups of them.
@@ -57,6 +59,8 @@ class LAMB(WholeParameters, torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._is_skipped():
+            return loss
         pieces: dict[torch.device, list[LambPiece]] = {}
         for group in self.param_groups:
             lr, others = float(group["lr"]), (group["eps"], group["weight_decay"], group["adapt"])
@@ -64,8 +68,9 @@ class LAMB(WholeParameters, torch.optim.Optimizer):
             for param in group["params"]:
                 if param.grad is not None:
                     pieces.setdefault(param.device, []).append(self._piece(param, settings))
-        for each in pieces.values():
-            lamb_apply(each, self.shards.sum(lamb_moments(each)))
+        for device, each in pieces.items():
+            found = self._found(device)
+            lamb_apply(each, self.shards.sum(lamb_moments(each, self._factor(device), found)), found)
         return loss
 
     def _piece(self, param: torch.Tensor, settings: LambGroup) -> LambPiece:

@@ -11,8 +11,9 @@ from torch.optim.adamw import adamw
 
 from lit_zero.core.errors import check_choice
 from lit_zero.core.shards import WholeParameters
-from lit_zero.kernels.newton_schulz import COEFFICIENTS, orthogonalize
+from lit_zero.kernels.newton_schulz import COEFFICIENTS, STACKED_BYTES, orthogonalize, stacks
 from lit_zero.optim.flat import is_torchs_own, same_order
+from lit_zero.optim.scaling import Scaled
 from lit_zero.optim.settings import check_length, check_settings
 from lit_zero.optim.state import MOMENTS, with_moments
 
@@ -23,13 +24,14 @@ SCALES: dict[str, Callable[[int, int], float]] = {
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.bfloat16, torch.float32, torch.float64)}
 
 
-class Muon(WholeParameters, torch.optim.Optimizer):
+class Muon(Scaled, WholeParameters, torch.optim.Optimizer):
     """Muon for hidden matrices and AdamW for the rest, in every ZeRO stage.
 
     Moments are divided as the parameters are. Where a matrix is, its momentum goes to one of the ranks that hold some
     of it, is orthogonalised there, and the update goes back: two rounds of messages a step, for the matrices that a
     boundary between ranks cuts. Where every rank holds all of the optimizer's state, each does its share of the
-    matrices and sends the updates to the others.
+    matrices and sends the updates to the others. Matrices of one shape are orthogonalised together. The step takes the
+    scale of a loss scaler, see :class:`~lit_zero.optim.scaling.Scaled`.
 
     Parameters of two and more dimensions are hidden matrices (all but the first are taken together, as in a
     convolution), unless their group says otherwise. Embeddings and the output layer should: put them into a group with
@@ -111,6 +113,8 @@ class Muon(WholeParameters, torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._is_skipped():
+            return loss
         matrices: dict[str, list[tuple[dict[str, Any], torch.Tensor]]] = {}
         for group in self.param_groups:
             held = [param for param in group["params"] if param.grad is not None]
@@ -129,15 +133,30 @@ class Muon(WholeParameters, torch.optim.Optimizer):
             return
         params = [param for _, param in held]
         wholes = self.shards.collect(params, [self._momentum(group, param).to(dtype) for group, param in held])
-        for number, whole in wholes.items():
-            group = held[number][0]
-            matrix = orthogonalize(whole.flatten(1), group["ns_steps"], tuple(group["ns_coefficients"]))
-            wholes[number] = matrix.view(whole.shape)
+        self._orthogonalize(wholes, [group for group, _ in held])
         for (group, param), update in zip(held, self.shards.spread(params, wholes, dtype), strict=True):
             rows, *others = self.shards.shape(param)
             scale = SCALES[group["adjust_lr_fn"]](rows, math.prod(others))
-            param.mul_(1.0 - group["lr"] * group["weight_decay"])
-            param.add_(update, alpha=-group["lr"] * scale)
+            param.mul_(self._unless_skipped(1.0 - group["lr"] * group["weight_decay"], 1.0, param))
+            param.add_(self._unless_skipped(update, 0.0, param), alpha=-group["lr"] * scale)
+
+    @staticmethod
+    def _orthogonalize(wholes: dict[int, torch.Tensor], groups: Sequence[dict[str, Any]]) -> None:
+        """Put what is orthogonalised in the place of each matrix; ``wholes``: by position, as ``groups``."""
+        numbers = list(wholes)
+        if not numbers:
+            return
+        kinds = [
+            (wholes[n].flatten(1).shape, wholes[n].device, groups[n]["ns_steps"], tuple(groups[n]["ns_coefficients"]))
+            for n in numbers
+        ]
+        limit = STACKED_BYTES.get(wholes[numbers[0]].device.type, STACKED_BYTES["cuda"])
+        for stack in stacks(kinds, [wholes[number].nbytes for number in numbers], limit):
+            *_, steps, coefficients = kinds[stack[0]]
+            each = [wholes[numbers[position]].flatten(1) for position in stack]
+            found = orthogonalize(torch.stack(each) if len(each) > 1 else each[0], steps, coefficients)
+            for position, matrix in zip(stack, found.unbind() if len(each) > 1 else [found], strict=True):
+                wholes[numbers[position]] = matrix.view(wholes[numbers[position]].shape)
 
     def _momentum(self, group: dict[str, Any], param: torch.Tensor) -> torch.Tensor:
         """Update the momentum of a parameter's part; return what is to be orthogonalised."""
@@ -146,8 +165,21 @@ class Muon(WholeParameters, torch.optim.Optimizer):
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(param)
         momentum: torch.Tensor = state["momentum_buffer"]
-        momentum.lerp_(grad, 1.0 - group["momentum"])
+        factor = self._factor(param.device)
+        grad = self._unless_skipped(grad if factor is None else grad * factor, 0.0, param)
+        momentum.lerp_(grad, self._unless_skipped(1.0 - group["momentum"], 0.0, param))
         return grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
+
+    def _unless_skipped(self, value: Any, otherwise: float, param: torch.Tensor) -> Any:
+        """Return ``value``, a number or a tensor, or in a step that is skipped ``otherwise``. Nothing is read back from
+        the device, and what came of infinite gradients leaves no trace.
+        """
+        found = self._found(param.device)
+        if found is None:
+            return value
+        if not isinstance(value, torch.Tensor):
+            value = torch.full((), value, dtype=param.dtype, device=param.device)
+        return value.masked_fill(found != 0, otherwise)
 
     def _step_others(self, group: dict[str, Any], params: Sequence[torch.Tensor]) -> None:
         params = [param for param in params if param.numel()]
@@ -156,9 +188,16 @@ class Muon(WholeParameters, torch.optim.Optimizer):
         states = [with_moments(self.state[param], param) for param in params]
         moments = [(param, state[key]) for param, state in zip(params, states, strict=True) for key in MOMENTS]
         in_order = all(map(is_torchs_own, params)) and all(same_order(value, param) for param, value in moments)
+        grads = [param.grad for param in params if param.grad is not None]
+        scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if not in_order:  # torch's other ways know neither
+            if found is not None and bool(found):
+                return
+            grads = [grad if scale is None else grad / scale.to(grad.device) for grad in grads]
+            scale = found = None
         adamw(
             params,
-            [param.grad for param in params if param.grad is not None],
+            grads,
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [],
@@ -171,4 +210,6 @@ class Muon(WholeParameters, torch.optim.Optimizer):
             weight_decay=group["weight_decay"],
             eps=group["eps"],
             maximize=False,
+            grad_scale=scale,
+            found_inf=found,
         )

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from lit_zero.kernels import SGDGroup, sgd_step
+from lit_zero.optim.direct import Gathered
 from lit_zero.optim.flat import Flat
 
 
@@ -29,6 +30,21 @@ class SGD(Flat, torch.optim.SGD):
             group["nesterov"],
             group["maximize"],
             begins and self._needs_walk(group),
+        )
+
+    def _call_torchs(self, group: dict[str, Any], held: Gathered, grad_scale: torch.Tensor | None) -> None:
+        torch._fused_sgd_(
+            held.params,
+            held.grads,
+            held.states[0] if held.states else [],
+            weight_decay=float(group["weight_decay"]),
+            momentum=group["momentum"],
+            lr=float(group["lr"]),
+            dampening=group["dampening"],
+            nesterov=group["nesterov"],
+            maximize=group["maximize"],
+            is_first_step=False,
+            grad_scale=grad_scale,
         )
 
     def _kernel(self) -> Callable[..., None]:

@@ -110,7 +110,8 @@ def all_lamb() -> None:
     for param, state in ((DTYPES[0], DTYPES[0]), (DTYPES[1], DTYPES[1]), (DTYPES[2], DTYPES[0])):
         tensors = [torch.ones(64, dtype=dtype) for dtype in (param, param, state, state)]
         piece = LambPiece(LambGroup(0.1), *tensors, torch.zeros(()), slice(0, 40))
-        lamb_apply([piece], lamb_moments([piece]))
+        for scalar in (None, torch.ones(())):
+            lamb_apply([piece], lamb_moments([piece], scalar, scalar), scalar)
 
 
 def all_split() -> None:

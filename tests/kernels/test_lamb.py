@@ -77,6 +77,25 @@ def test_kernel_equals_the_reference(device, dtypes):
     check(*dtypes, device)
 
 
+def test_gradients_are_scaled_and_a_step_is_skipped(device):
+    given, scaled = pieces(FP32, FP32, FP32, device), pieces(FP32, FP32, FP32, device)
+    for piece in scaled:
+        piece.grad.mul_(8.0)
+    factor, found = torch.tensor(0.125, device=device), torch.zeros((), device=device)
+    lamb_apply(given, lamb_moments(given))
+    lamb_apply(scaled, lamb_moments(scaled, factor, found), found)
+    for one, other in zip(given, scaled, strict=True):
+        for key in ("param", "exp_avg", "exp_avg_sq", "step"):
+            assert torch.equal(getattr(one, key), getattr(other, key)), key
+        assert not other.grad.numel() or torch.equal(other.grad, 8.0 * one.grad), "the gradient is only read"
+        other.grad.fill_(torch.inf)
+    found.fill_(1.0)
+    lamb_apply(scaled, lamb_moments(scaled, factor, found), found)
+    for one, other in zip(given, scaled, strict=True):
+        for key in ("param", "exp_avg", "exp_avg_sq", "step"):
+            assert torch.equal(getattr(one, key), getattr(other, key)), f"{key} of a step that is skipped"
+
+
 def test_only_what_counts_is_summed(device):
     [piece, *_] = pieces(FP32, FP32, FP32, device)[4:]
 

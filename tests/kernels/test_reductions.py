@@ -57,3 +57,14 @@ def test_a_tensor_need_not_be_contiguous():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_not_finite_shows(bad):
     assert not sum_of_powers([torch.ones(5), torch.tensor([1.0, bad])], 2.0, CPU).isfinite()
+    assert not sum_of_powers([torch.ones(1 << 17).index_fill_(0, torch.tensor(9), bad)], 2.0, CPU).isfinite()
+
+
+@pytest.mark.parametrize("power", [2.0, 3.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large_tensors_are_summed_in_portions(dtype, power):
+    value = torch.randn((1 << 19) + 63, generator=torch.Generator().manual_seed(0)).to(dtype)
+    expected = (value.double().abs() ** power).sum()
+    torch.testing.assert_close(sum_of_powers([value], power, CPU), expected, rtol=1e-12, atol=0)
+    elsewhere = torch.cat([value[:1], value])[1:]
+    assert torch.equal(sum_of_powers([elsewhere], power, CPU), sum_of_powers([value], power, CPU))

@@ -9,13 +9,14 @@ from unittest import mock
 
 import pytest
 import torch
-from lit_zero.kernels.newton_schulz import orthogonalize
+from lit_zero.kernels.newton_schulz import orthogonalize, stacks
 from torch import nn
 
 from lit_zero.comm.direct import DirectExchange
 from lit_zero.comm.exchange import Swap
 from lit_zero.core.errors import ConfigError
 from lit_zero.optim import Muon
+from lit_zero.optim import muon as muon_module
 from lit_zero.zero import Zero
 from tests.optim.whole import Odd, cut_dimensions, groups, layout, sent_elements, stages
 from tests.zero.harness import GPT, Run, distance, one_process, with_engine
@@ -96,6 +97,53 @@ def test_orthogonalisation_keeps_directions_and_evens_out_sizes(shape):
     large = inside.diagonal()[sizes > 0.01 * sizes[0]]
     assert ((large > 0.6) & (large < 1.25)).all()
     assert torch.equal(orthogonalize(torch.zeros(shape)), torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
+)
+@pytest.mark.parametrize("shape", [(4, 9), (9, 4), (6, 6), (1, 7), (63, 60)])
+def test_a_stack_is_orthogonalised_as_its_matrices_are(shape, dtype, tolerance):
+    matrices = torch.randn(5, *shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    matrices[2].zero_()
+    matrices[3].mul_(1e3)
+    got = orthogonalize(matrices)
+    assert got.is_contiguous()
+    for one, matrix in zip(got, matrices, strict=True):
+        torch.testing.assert_close(one, orthogonalize(matrix), rtol=tolerance, atol=tolerance)
+
+
+def test_stacks_hold_what_is_alike_and_no_more_bytes_than_allowed():
+    alike, sizes = ["a", "b", "a", "a", "b", "a", "c"], [4, 3, 4, 4, 3, 4, 100]
+    assert stacks(alike, sizes, 8) == [[0, 2], [1, 4], [3, 5], [6]]
+    assert stacks(alike, sizes, 12) == [[0, 2, 3], [1, 4], [5], [6]]
+    assert stacks(alike, sizes, 0) == [[0], [1], [2], [3], [4], [5], [6]]
+    assert stacks([], [], 8) == []
+
+
+def test_matrices_of_one_shape_are_orthogonalised_together(monkeypatch):
+    """A group of its own settings and a transposed shape stay apart; stacks or not, the step is the same."""
+    shapes = [(4, 6), (6, 4), (4, 6), (2, 3, 2), (4, 6), (2, 6), (4, 6)]
+    found, seen = [], list[tuple[int, ...]]()
+    real = muon_module.orthogonalize
+    monkeypatch.setattr(
+        muon_module, "orthogonalize", lambda each, *args: (seen.append(each.shape), real(each, *args))[1]
+    )
+    for limit in (0, 2 * 4 * 6 * 4, 1 << 20):
+        monkeypatch.setitem(muon_module.STACKED_BYTES, "cpu", limit)
+        generator = torch.Generator().manual_seed(0)
+        params = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+        optimizer = Muon([{"params": params[:6]}, {"params": params[6:], "ns_steps": 3}], lr=0.1, ns_dtype="float32")
+        for param in params:
+            param.grad = torch.randn(param.shape, generator=generator)
+        optimizer.step()
+        found.append([param.detach() for param in params])
+    assert seen[:7] == [(4, 6), (6, 4), (4, 6), (2, 6), (4, 6), (2, 6), (4, 6)]
+    assert seen[7:12] == [(2, 4, 6), (6, 4), (2, 2, 6), (4, 6), (4, 6)]
+    assert seen[12:] == [(3, 4, 6), (6, 4), (2, 2, 6), (4, 6)]
+    for others in found[1:]:
+        for one, other in zip(found[0], others, strict=True):
+            torch.testing.assert_close(other, one, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(
