@@ -18,12 +18,13 @@ import importlib.util
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,45 +85,99 @@ def take_turn(turn: Any, timeout: float, worker: Path = WORKER) -> list[dict]:
     Raises:
         RuntimeError: with the last line of the first rank that failed; no process of the turn is left.
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "DS_ACCELERATOR": turn.device}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # the ranks find what this process finds
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        logs = [folder / f"{rank}.log" for rank in range(turn.ranks)]
-        processes = []
-        with contextlib.ExitStack() as stack:
-            for rank, log in enumerate(logs):
-                ranked = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(turn.ranks)}
-                command = [sys.executable, str(worker), json.dumps(asdict(turn)), str(rank), str(folder)]
-                output = stack.enter_context(log.open("wb"))
-                processes.append(
+    with _Running(turn, worker) as running:
+        running.go_on(timeout, timeout)
+        return running.results()
+
+
+def take_slices(turns: Sequence[Any], seconds: float, timeout: float, worker: Path = WORKER) -> list[list[dict]]:
+    """Run several turns side by side and return what the ranks of each wrote down: the processes of one run for a slice
+    of time while those of the others are stopped, so that a machine whose speed drifts is as fast for all of them. A
+    step in which they are stopped seems long: take medians. Not on Windows.
+
+    Args:
+        turns: what to run, see :func:`take_turn`.
+        seconds: of a slice; some ten steps.
+        timeout: seconds of all slices of a turn, after which it is given up.
+        worker: the program that each rank runs.
+
+    Raises:
+        RuntimeError: as of :func:`take_turn`.
+    """
+    with contextlib.ExitStack() as stack:
+        everyone = [stack.enter_context(_Running(turn, worker)) for turn in turns]
+        for each in everyone:
+            each.signal(signal.SIGSTOP)
+        waiting = list(everyone)
+        while waiting:
+            for each in list(waiting):
+                each.signal(signal.SIGCONT)
+                if each.go_on(seconds, timeout):
+                    waiting.remove(each)
+                else:
+                    each.signal(signal.SIGSTOP)
+        return [each.results() for each in everyone]
+
+
+class _Running:
+    """The processes of a turn; none of them is left when the ``with`` block ends."""
+
+    def __init__(self, turn: Any, worker: Path) -> None:
+        self._turn, self._worker, self._spent = turn, worker, 0.0
+
+    def __enter__(self) -> _Running:
+        turn = self._turn
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "DS_ACCELERATOR": turn.device}
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # the ranks find what this process finds
+        self._temporary = tempfile.TemporaryDirectory()
+        self._folder = Path(self._temporary.name)
+        self._logs = [self._folder / f"{rank}.log" for rank in range(turn.ranks)]
+        self._processes = []
+        for rank, log in enumerate(self._logs):
+            ranked = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(turn.ranks)}
+            command = [sys.executable, str(self._worker), json.dumps(asdict(turn)), str(rank), str(self._folder)]
+            with log.open("wb") as output:
+                self._processes.append(
                     subprocess.Popen(command, env={**environment, **ranked}, stdout=output, stderr=subprocess.STDOUT)
                 )
-        failed = _wait(processes, timeout)
-        if failed is not None:
-            lines = logs[failed].read_text(errors="replace").strip().splitlines() or ["no output"]
-            raise RuntimeError(f"rank {failed}: {lines[-1]}")
-        return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(turn.ranks)]
+        return self
 
-
-def _wait(processes: list[subprocess.Popen[bytes]], timeout: float) -> int | None:
-    """Wait for all; when one fails or time is up, end the others. Return the first rank that failed."""
-    end = time.monotonic() + timeout
-    try:
-        while True:
-            codes = [process.poll() for process in processes]
-            for rank, code in enumerate(codes):
-                if code:
-                    return rank
-            if all(code == 0 for code in codes):
-                return None
-            if time.monotonic() > end:
-                return codes.index(None)
-            time.sleep(0.05)
-    finally:
-        for process in processes:
+    def __exit__(self, *_: object) -> None:
+        for process in self._processes:
             process.kill()
             process.wait()
+        self._temporary.cleanup()
+
+    def signal(self, number: int) -> None:
+        """Send a signal to the processes that still run."""
+        for process in self._processes:
+            process.send_signal(number)
+
+    def go_on(self, seconds: float, timeout: float) -> bool:
+        """Wait for a time; return whether all processes have ended.
+
+        Raises:
+            RuntimeError: if one has failed, or all waits together have taken ``timeout`` seconds.
+        """
+        end = time.monotonic() + seconds
+        while True:
+            codes = [process.poll() for process in self._processes]
+            failed = next((rank for rank, code in enumerate(codes) if code), None)
+            if failed is None and all(code == 0 for code in codes):
+                return True
+            if failed is None and time.monotonic() >= end:
+                self._spent += seconds
+                if self._spent < timeout:
+                    return False
+                failed = codes.index(None)
+            if failed is not None:
+                lines = self._logs[failed].read_text(errors="replace").strip().splitlines() or ["no output"]
+                raise RuntimeError(f"rank {failed}: {lines[-1]}")
+            time.sleep(0.05)
+
+    def results(self) -> list[dict]:
+        """Return what each rank wrote down."""
+        return [json.loads((self._folder / f"{rank}.json").read_text()) for rank in range(self._turn.ranks)]
 
 
 def measure(names: list[str], size: str, ranks: int, options: argparse.Namespace) -> dict[str, Measured]:

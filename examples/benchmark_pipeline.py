@@ -5,9 +5,10 @@
 
 By hand means that the model is rewritten as two stage modules and the schedule is called with their inputs and targets,
 as torch's documentation shows. lit_zero runs the unmodified model in Lightning's Trainer. Both train with the same
-batches, micro-batches, initial weights and optimizer; the losses of the two are printed and must agree. The contenders
-take turns (A B A B ...), each turn in fresh processes with one thread per rank. A step is everything from one batch to
-the next: reading it, the schedule, the optimizer, and what Lightning does around them.
+batches, micro-batches, initial weights and optimizer; the losses of the two are printed and must agree. In each round
+both run in fresh processes with one thread per rank, side by side: for slices of time by turns, so that a machine whose
+speed drifts slows both. A step is everything from one batch to the next: reading it, the schedule, the optimizer, and
+what Lightning does around them.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ import statistics
 import sys
 from pathlib import Path
 
-from benchmark import SIZES, describe_machine, take_turn
+from benchmark import SIZES, describe_machine, take_slices
 from benchmark_pipeline_worker import CONTENDERS, PipelineTurn
 
+STEPS = {"tiny": 100, "2M": 100, "30M": 30}  # of a turn
+SLICES = {"tiny": 1.0, "2M": 2.0, "30M": 15.0}  # seconds
 WORKER = Path(__file__).with_name("benchmark_pipeline_worker.py")
 
 
@@ -27,9 +30,10 @@ def measure(size: str, schedule: str, options: argparse.Namespace) -> dict[str, 
     """Let the contenders take turns; return what each rank wrote down, by contender and turn."""
     model, rows = SIZES[size]
     found: dict[str, list[list[dict]]] = {name: [] for name in CONTENDERS}
+    steps = options.steps or STEPS[size]
     for _ in range(options.rounds):
-        for name in CONTENDERS:
-            turn = PipelineTurn(
+        turns = [
+            PipelineTurn(
                 name,
                 schedule,
                 options.ranks,
@@ -37,10 +41,13 @@ def measure(size: str, schedule: str, options: argparse.Namespace) -> dict[str, 
                 rows * options.ranks,
                 options.micro_batches,
                 options.warmup,
-                options.steps,
+                steps,
             )
-            found[name].append(take_turn(turn, options.timeout, WORKER))
-            print(f"{size}, {schedule}, {name}: {_step(found[name][-1:]) * 1e3:.1f} ms", file=sys.stderr, flush=True)
+            for name in CONTENDERS
+        ]
+        for name, ranks in zip(CONTENDERS, take_slices(turns, SLICES[size], options.timeout, WORKER), strict=True):
+            found[name].append(ranks)
+            print(f"{size}, {schedule}, {name}: {_step([ranks]) * 1e3:.1f} ms", file=sys.stderr, flush=True)
     return found
 
 
@@ -68,7 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--schedules", nargs="+", choices=["gpipe", "1f1b"], default=["1f1b", "gpipe"])
     parser.add_argument("--micro-batches", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3, help="turns of each contender")
-    parser.add_argument("--steps", type=int, default=10, help="measured steps per turn")
+    parser.add_argument("--steps", type=int, help="measured steps per turn; by default as many as the size needs")
     parser.add_argument("--warmup", type=int, default=3, help="steps before the measured ones")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds after which a turn is given up")
     options = parser.parse_args(arguments)
