@@ -3,12 +3,13 @@
     python examples/benchmark_pipeline.py                                    # 2 ranks, both sizes
     python examples/benchmark_pipeline.py --sizes 2M --schedules 1f1b --rounds 5
 
-By hand means that the model is rewritten as two stage modules and the schedule is called with their inputs and targets,
-as torch's documentation shows. lit_zero runs the unmodified model in Lightning's Trainer. Both train with the same
-batches, micro-batches, initial weights and optimizer; the losses of the two are printed and must agree. In each round
-both run in fresh processes with one thread per rank, side by side: for slices of time by turns, so that a machine whose
-speed drifts slows both. A step is everything from one batch to the next: reading it, the schedule, the optimizer, and
-what Lightning does around them.
+By hand means that the model is rewritten as two stage modules and the schedule is called with their inputs and
+targets, as torch's documentation shows: in a loop of one's own, and in Lightning's Trainer with manual optimization,
+as a user of Lightning would write it. lit_zero runs the unmodified model in the Trainer. All train with the same
+batches, micro-batches, initial weights and optimizer; their losses are printed and must agree. In each round all run
+in fresh processes with one thread per rank, side by side: for slices of time by turns, so that a machine whose speed
+drifts is as fast for all. A step is everything from one batch to the next: reading it, the schedule, the optimizer,
+and what Lightning does around them.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from gpt import GPT
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -89,6 +90,28 @@ def batches(turn: PipelineTurn) -> DataLoader[Any]:
     return DataLoader(TensorDataset(window[:, :-1], window[:, 1:]), turn.rows)
 
 
+class Report(pl.Callback):
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.clock.step_ends(float(outputs["loss"]))
+
+
+def trainer(clock: Clock, **settings: Any) -> pl.Trainer:
+    return pl.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        callbacks=[Report(clock)],
+        use_distributed_sampler=False,  # it would shuffle; all ranks read the same
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **settings,
+    )
+
+
 # ---- by hand
 
 
@@ -122,26 +145,70 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-def by_hand(gpt: GPT, turn: PipelineTurn, rank: int, clock: Clock) -> None:
-    from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+class ByHand:
+    """This rank's stage and the schedule.
 
-    edges = [0, *boundaries(turn), turn.model["layers"]]
-    piece = Stage(gpt, edges[rank], edges[rank + 1])
-    optimizer = adamw(piece.parameters())
-    stage = PipelineStage(piece, rank, turn.ranks, torch.device("cpu"))
-    kind = {"1f1b": Schedule1F1B, "gpipe": ScheduleGPipe}[turn.schedule]
-    schedule = kind(stage, turn.micro_batches, loss_fn=cross_entropy)
-    for tokens, targets in batches(turn):
+    Args:
+        gpt: the whole model.
+        turn: what is run.
+        rank: this rank.
+    """
+
+    def __init__(self, gpt: GPT, turn: PipelineTurn, rank: int) -> None:
+        from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+
+        edges = [0, *boundaries(turn), turn.model["layers"]]
+        self.piece = Stage(gpt, edges[rank], edges[rank + 1])
+        stage = PipelineStage(self.piece, rank, turn.ranks, torch.device("cpu"))
+        kind = {"1f1b": Schedule1F1B, "gpipe": ScheduleGPipe}[turn.schedule]
+        self._schedule = kind(stage, turn.micro_batches, loss_fn=cross_entropy)
+        self._begins, self._ends = rank == 0, rank == turn.ranks - 1
+
+    def run(self, tokens: Tensor, targets: Tensor) -> float:
+        """Make the gradients of a batch; return the mean loss on the last rank, 0 on others."""
         losses: list[Tensor] = []
-        if rank == 0:
-            schedule.step(tokens)
-        elif rank == turn.ranks - 1:
-            schedule.step(target=targets, losses=losses)
+        if self._begins:
+            self._schedule.step(tokens)
+        elif self._ends:
+            self._schedule.step(target=targets, losses=losses)
         else:
-            schedule.step()
+            self._schedule.step()
+        return float(torch.stack(losses).mean()) if losses else 0.0
+
+
+def by_hand(gpt: GPT, turn: PipelineTurn, rank: int, clock: Clock) -> None:
+    work = ByHand(gpt, turn, rank)
+    optimizer = adamw(work.piece.parameters())
+    for tokens, targets in batches(turn):
+        loss = work.run(tokens, targets)
         optimizer.step()
         optimizer.zero_grad()
-        clock.step_ends(float(torch.stack(losses).mean()) if losses else 0.0)
+        clock.step_ends(loss)
+
+
+class LitByHand(pl.LightningModule):
+    """The same in a LightningModule."""
+
+    automatic_optimization = False
+
+    def __init__(self, work: ByHand) -> None:
+        super().__init__()
+        self.piece, self._run = work.piece, work.run
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Any]:
+        loss = self._run(*batch)
+        optimizer: Any = self.optimizers()
+        optimizer.step()
+        optimizer.zero_grad()
+        return {"loss": torch.tensor(loss)}
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return adamw(self.parameters())
+
+
+def by_hand_in_the_trainer(gpt: GPT, turn: PipelineTurn, rank: int, clock: Clock) -> None:
+    module = LitByHand(ByHand(gpt, turn, rank))
+    trainer(clock, strategy=SingleDeviceStrategy("cpu")).fit(module, batches(turn))
 
 
 # ---- lit_zero
@@ -161,32 +228,17 @@ class LitModel(pl.LightningModule):
         return adamw(self.parameters())
 
 
-class Report(pl.Callback):
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
-
-    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.clock.step_ends(float(outputs["loss"]))
-
-
 def in_the_trainer(gpt: GPT, turn: PipelineTurn, rank: int, clock: Clock) -> None:
     pipeline = Pipeline(turn.schedule, turn.ranks, turn.micro_batches, boundaries=boundaries(turn))
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=turn.ranks,
-        strategy=ZeroStrategy("none", pipeline=pipeline),
-        max_epochs=1,
-        callbacks=[Report(clock)],
-        use_distributed_sampler=False,  # it would shuffle; both ranks read the same
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(LitModel(gpt), batches(turn))
+    strategy = ZeroStrategy("none", pipeline=pipeline)
+    trainer(clock, devices=turn.ranks, strategy=strategy).fit(LitModel(gpt), batches(turn))
 
 
-CONTENDERS: dict[str, Callable[[GPT, PipelineTurn, int, Clock], None]] = {"torch": by_hand, "lit_zero": in_the_trainer}
+CONTENDERS: dict[str, Callable[[GPT, PipelineTurn, int, Clock], None]] = {
+    "torch": by_hand,
+    "torch in the Trainer": by_hand_in_the_trainer,
+    "lit_zero": in_the_trainer,
+}
 
 
 def main(arguments: str, rank: int, folder: Path) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
-from benchmark import SIZES, take_turn
+from benchmark import SIZES, take_slices, take_turn
 from benchmark_pipeline import WORKER, table
 from benchmark_pipeline_worker import CONTENDERS, PipelineTurn
 
@@ -15,14 +16,25 @@ from tests.config.support import EXAMPLES, run
 pytestmark = pytest.mark.thorough
 
 
-def test_both_contenders_train_alike() -> None:
+def test_all_contenders_train_alike() -> None:
     model = {**SIZES["tiny"][0], "tied": False}
     turns = {name: take_turn(PipelineTurn(name, "1f1b", 2, model, 4, 4, 1, 3), 120, WORKER) for name in CONTENDERS}
-    torch, ours = (turns[name][-1]["losses"] for name in ("torch", "lit_zero"))
+    torch, *others = (turns[name][-1]["losses"] for name in ("torch", "torch in the Trainer", "lit_zero"))
     assert len(torch) == 4
-    assert ours == pytest.approx(torch, rel=1e-5)
+    for losses in others:
+        assert losses == pytest.approx(torch, rel=1e-5)
     assert torch[-1] < torch[0]
     assert all(len(rank["seconds"]) == 3 for turn in turns.values() for rank in turn)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot stop a process for a while")
+def test_slices_stop_and_go_on() -> None:
+    model = {**SIZES["tiny"][0], "tied": False}
+    turns = [PipelineTurn(name, "1f1b", 2, model, 4, 4, 1, 3) for name in ("torch", "lit_zero")]
+    torch, ours = (ranks[-1]["losses"] for ranks in take_slices(turns, 1.0, 120, WORKER))
+    assert len(torch) == 4 and ours == pytest.approx(torch, rel=1e-5)
+    with pytest.raises(RuntimeError, match="rank 0: "):
+        take_slices(turns, 0.2, 0.4, WORKER)
 
 
 def test_table_takes_the_slowest_rank_and_the_median() -> None:
