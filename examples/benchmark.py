@@ -132,14 +132,18 @@ class _Running:
         self._temporary = tempfile.TemporaryDirectory()
         self._folder = Path(self._temporary.name)
         self._logs = [self._folder / f"{rank}.log" for rank in range(turn.ranks)]
-        self._processes = []
-        for rank, log in enumerate(self._logs):
-            ranked = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(turn.ranks)}
-            command = [sys.executable, str(self._worker), json.dumps(asdict(turn)), str(rank), str(self._folder)]
-            with log.open("wb") as output:
-                self._processes.append(
-                    subprocess.Popen(command, env={**environment, **ranked}, stdout=output, stderr=subprocess.STDOUT)
-                )
+        self._processes: list[subprocess.Popen[bytes]] = []
+        try:
+            for rank, log in enumerate(self._logs):
+                ranked = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(turn.ranks)}
+                command = [sys.executable, str(self._worker), json.dumps(asdict(turn)), str(rank), str(self._folder)]
+                with log.open("wb") as output:
+                    self._processes.append(
+                        subprocess.Popen(command, env=ranked, stdout=output, stderr=subprocess.STDOUT)
+                    )
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:

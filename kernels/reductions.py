@@ -37,7 +37,9 @@ def _sum_of_powers(tensor: torch.Tensor, power: float) -> torch.Tensor:
     # On a CPU torch would first make a copy of the whole in fp64, which takes twice its memory and up to ten times the
     # time of the sum. With one buffer for all portions, the bits of a sum do not depend on where a tensor lies either.
     flat = tensor.detach().reshape(-1)
-    room, total = torch.empty(min(flat.numel(), _PORTION), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    # The device is said: another one may be the default.
+    room = torch.empty(min(flat.numel(), _PORTION), dtype=torch.float64, device="cpu")
+    total = torch.zeros((), dtype=torch.float64, device="cpu")
     for portion in flat.split(_PORTION):
         wide = room[: portion.numel()].copy_(portion)
         total += torch.dot(wide, wide) if power == 2.0 else torch.linalg.vector_norm(wide, power) ** power

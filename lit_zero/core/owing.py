@@ -3,7 +3,7 @@
 To clip by a norm, and to take a loss scale off, all gradients are multiplied by one number. A step that reads them
 anyway can do so in passing. Until then the factor is *owed*: it is kept once for all gradients of an optimizer. Whoever
 reads one of them before the step, as ``param.grad``, sees it multiplied: then and there all are, once. A tensor that
-was taken from ``param.grad`` before shows it only then.
+was taken from ``param.grad`` before shows it only then; to write to it in between is an error.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import nn
 
+from lit_zero.core.errors import LitZeroError
+
 
 class Owed:
     """The factor that some gradients are still to be multiplied by; none, to begin with."""
@@ -22,6 +24,7 @@ class Owed:
     def __init__(self) -> None:
         self._factor: torch.Tensor | None = None
         self._params: Sequence[nn.Parameter] = ()  # only while something is owed: they know of this object
+        self._versions: list[int | None] = []  # of their gradients
 
     def __bool__(self) -> bool:
         return self._factor is not None
@@ -33,25 +36,46 @@ class Owed:
             factor: 0-d.
             params: whose gradients; each time the same.
         """
+        self._refuse_written()
         self._factor = (factor if self._factor is None else self._factor * factor).float()
         self._params = params
+        self._versions = [None if grad is None else grad._version for grad in map(_GRAD.__get__, params)]
 
     def settle(self) -> None:
-        """Multiply the gradients now, if something is owed."""
+        """Multiply the gradients now, if something is owed.
+
+        Raises:
+            LitZeroError: if one of them has been written to since.
+        """
         factor, params = self._factor, self._params
         if factor is not None:
+            self._refuse_written()
             self.forgive()  # first: to read a gradient is to ask for this
             multiply([param.grad for param in params if param.grad is not None], factor)
 
     def forgive(self) -> None:
         """Owe nothing any more: the gradients are not needed."""
-        self._factor, self._params = None, ()
+        self._factor, self._params, self._versions = None, (), []
+
+    def _refuse_written(self) -> None:
+        for param, version in zip(self._params, self._versions, strict=True):
+            grad = _GRAD.__get__(param)
+            if grad is not None and version is not None and grad._version != version:
+                raise LitZeroError(
+                    "A gradient was written to after it was clipped, through a tensor that had been taken from "
+                    "param.grad before: what clipping multiplies it by is still to come, and would be applied to what "
+                    "was written. Take param.grad anew after clipping."
+                )
 
     @contextlib.contextmanager
     def lent(self) -> Iterator[torch.Tensor | None]:
         """Inside, gradients are read as they lie; give the factor that belongs to them, ``None`` for none. It is owed
         again afterwards.
+
+        Raises:
+            LitZeroError: if a gradient has been written to since.
         """
+        self._refuse_written()
         factor, self._factor = self._factor, None
         try:
             yield factor
@@ -88,6 +112,9 @@ class Owing(nn.Parameter):
     def grad(self) -> None:
         _GRAD.__delete__(self)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return nn.Parameter(self.detach(), self.requires_grad).__reduce_ex__(protocol)  # what is owed stays here
+
 
 def owed_in(groups: Iterable[Mapping[str, Any]]) -> Owed:
     """Return what is owed to the gradients in an optimizer's groups."""
@@ -107,8 +134,13 @@ class Pays(Protocol):
     as a loss scaler sets it, is not zero.
     """
 
+    @property
+    def may_pay(self) -> bool:
+        """Whether :meth:`pays` may ever be true; always the same."""
+        ...
+
     def pays(self, param: torch.Tensor, gradient: torch.dtype) -> bool:
         """Return whether the step of such a parameter does so with gradients of that dtype, and reads nothing back from
-        the device.
+        the device (but in a first step, which may have to know whether it is one).
         """
         ...

@@ -17,6 +17,7 @@ from lit_zero.kernels.noise import seed_of
 from lit_zero.kernels.segments import STEPPED
 from lit_zero.kernels.small import DITHERED, PLAIN, ROUNDED, SIGNED, SPLIT, UNSIGNED, Array, SmallSegment, small_step
 from lit_zero.optim.direct import Gathered, gather
+from lit_zero.optim.loss_scale import as_factor, as_verdict
 
 FUSED = ("auto", "none")
 _TORCHS = {True: "auto", False: "none", None: "none"}  # what torch's classes take, in our words
@@ -76,9 +77,14 @@ class Flat(torch.optim.Optimizer):
         """See :class:`~lit_zero.core.copying.TakesCopies`."""
         self._copies, self.has_copied = copies, False
 
+    @property
+    def may_pay(self) -> bool:
+        """See :class:`~lit_zero.core.owing.Pays`."""
+        return self._fused == "auto"
+
     def pays(self, param: torch.Tensor, gradient: torch.dtype) -> bool:
         """See :class:`~lit_zero.core.owing.Pays`: where a kernel of ours steps."""
-        return self._fused == "auto" and runs_kernel(param) and param.dtype in STEPPED and gradient in STEPPED
+        return self.may_pay and runs_kernel(param) and param.dtype in STEPPED and gradient in STEPPED
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As of torch's class."""
@@ -243,12 +249,10 @@ class Flat(torch.optim.Optimizer):
             number = numbers.setdefault(self._numbers(group, begins), len(numbers))
             segments.setdefault(param.device, []).append(self._segment(number, group, param))
         for device, each in segments.items():
-            # torch's scale is what gradients are divided by.
-            scale = None if grad_scale is None else grad_scale.to(device, torch.float64).reciprocal().float()
+            scale = as_factor(grad_scale, device)
             if factor is not None:
                 scale = factor.to(device) if scale is None else factor.to(device) * scale
-            found = None if found_inf is None else found_inf.to(device, torch.float32)
-            self._kernel()(each, list(numbers), scale, found, self._tables)
+            self._kernel()(each, list(numbers), scale, as_verdict(found_inf, device), self._tables)
         self.has_copied = True
 
     def _begins(self, group: dict[str, Any], param: nn.Parameter) -> bool:

@@ -10,15 +10,14 @@ import torch
 from lit_zero.core.errors import UnsupportedError
 from lit_zero.core.shards import WholeParameters
 from lit_zero.kernels.lamb import LambGroup, LambPiece, lamb_apply, lamb_moments
-from lit_zero.optim.scaling import Scaled
+from lit_zero.optim.loss_scale import Scaled
 from lit_zero.optim.settings import check_settings
 from lit_zero.optim.state import MOMENTS, with_moments
 
 
 class LAMB(Scaled, WholeParameters, torch.optim.Optimizer):
     """Adam for large batches, in every ZeRO stage: the norms of parameters that are divided over ranks take one sum of
-    two numbers for each parameter a step. It takes the scale of a loss scaler, see
-    :class:`~lit_zero.optim.scaling.Scaled`.
+    two numbers for each parameter a step.
 
     Args:
         params: parameters or groups of them.
@@ -28,6 +27,7 @@ class LAMB(Scaled, WholeParameters, torch.optim.Optimizer):
         weight_decay: added to the update as this multiple of the parameter, before its norm is taken.
         adapt: scale updates to the parameters' norms. A group for which it is false takes the learning rate as it is;
             often chosen for norms and biases, together with ``weight_decay=0``.
+        takes_scale: the step takes the scale of a loss scaler, see :class:`~lit_zero.optim.loss_scale.Scaled`.
 
     Raises:
         ValueError: for a setting that cannot be.
@@ -44,7 +44,9 @@ class LAMB(Scaled, WholeParameters, torch.optim.Optimizer):
         eps: float = 1e-6,
         weight_decay: float = 0.01,
         adapt: bool = True,
+        takes_scale: bool = False,
     ) -> None:
+        self._step_supports_amp_scaling = takes_scale
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "adapt": adapt}
         super().__init__(params, defaults)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from lit_zero.core.errors import check_choice
 from lit_zero.core.shards import WholeParameters
 from lit_zero.kernels.newton_schulz import COEFFICIENTS, STACKED_BYTES, orthogonalize, stacks
 from lit_zero.optim.flat import is_torchs_own, same_order
-from lit_zero.optim.scaling import Scaled
+from lit_zero.optim.loss_scale import Scaled
 from lit_zero.optim.settings import check_length, check_settings
 from lit_zero.optim.state import MOMENTS, with_moments
 
@@ -30,8 +31,7 @@ class Muon(Scaled, WholeParameters, torch.optim.Optimizer):
     Moments are divided as the parameters are. Where a matrix is, its momentum goes to one of the ranks that hold some
     of it, is orthogonalised there, and the update goes back: two rounds of messages a step, for the matrices that a
     boundary between ranks cuts. Where every rank holds all of the optimizer's state, each does its share of the
-    matrices and sends the updates to the others. Matrices of one shape are orthogonalised together. The step takes the
-    scale of a loss scaler, see :class:`~lit_zero.optim.scaling.Scaled`.
+    matrices and sends the updates to the others. Matrices of one shape are orthogonalised together.
 
     Parameters of two and more dimensions are hidden matrices (all but the first are taken together, as in a
     convolution), unless their group says otherwise. Embeddings and the output layer should: put them into a group with
@@ -50,6 +50,7 @@ class Muon(Scaled, WholeParameters, torch.optim.Optimizer):
         ns_dtype: of its products, and of what travels: ``bfloat16``, ``float32`` or ``float64``.
         betas: of AdamW.
         eps: of AdamW.
+        takes_scale: the step takes the scale of a loss scaler, see :class:`~lit_zero.optim.loss_scale.Scaled`.
 
     Raises:
         ValueError: for a setting that cannot be.
@@ -71,7 +72,9 @@ class Muon(Scaled, WholeParameters, torch.optim.Optimizer):
         ns_dtype: str = "bfloat16",
         betas: Sequence[float] = (0.9, 0.95),
         eps: float = 1e-8,
+        takes_scale: bool = False,
     ) -> None:
+        self._step_supports_amp_scaling = takes_scale
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -137,8 +140,8 @@ class Muon(Scaled, WholeParameters, torch.optim.Optimizer):
         for (group, param), update in zip(held, self.shards.spread(params, wholes, dtype), strict=True):
             rows, *others = self.shards.shape(param)
             scale = SCALES[group["adjust_lr_fn"]](rows, math.prod(others))
-            param.mul_(self._unless_skipped(1.0 - group["lr"] * group["weight_decay"], 1.0, param))
-            param.add_(self._unless_skipped(update, 0.0, param), alpha=-group["lr"] * scale)
+            with self._unless_skipped(param) as stepped:
+                stepped.mul_(1.0 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * scale)
 
     @staticmethod
     def _orthogonalize(wholes: dict[int, torch.Tensor], groups: Sequence[dict[str, Any]]) -> None:
@@ -166,20 +169,21 @@ class Muon(Scaled, WholeParameters, torch.optim.Optimizer):
             state["momentum_buffer"] = torch.zeros_like(param)
         momentum: torch.Tensor = state["momentum_buffer"]
         factor = self._factor(param.device)
-        grad = self._unless_skipped(grad if factor is None else grad * factor, 0.0, param)
-        momentum.lerp_(grad, self._unless_skipped(1.0 - group["momentum"], 0.0, param))
+        grad = grad if factor is None else grad * factor
+        with self._unless_skipped(momentum) as moved:
+            moved.lerp_(grad, 1.0 - group["momentum"])
         return grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
 
-    def _unless_skipped(self, value: Any, otherwise: float, param: torch.Tensor) -> Any:
-        """Return ``value``, a number or a tensor, or in a step that is skipped ``otherwise``. Nothing is read back from
-        the device, and what came of infinite gradients leaves no trace.
+    @contextlib.contextmanager
+    def _unless_skipped(self, tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Give a tensor to be changed in place of ``tensor``, which takes it over unless the step is skipped. Nothing
+        is read back from the device, and what came of infinite gradients leaves no trace.
         """
-        found = self._found(param.device)
-        if found is None:
-            return value
-        if not isinstance(value, torch.Tensor):
-            value = torch.full((), value, dtype=param.dtype, device=param.device)
-        return value.masked_fill(found != 0, otherwise)
+        found = self._found(tensor.device)
+        changed = tensor if found is None else tensor.clone()
+        yield changed
+        if found is not None:
+            tensor.copy_(torch.where(found != 0, tensor, changed))
 
     def _step_others(self, group: dict[str, Any], params: Sequence[torch.Tensor]) -> None:
         params = [param for param in params if param.numel()]

@@ -71,7 +71,7 @@ class _AgreeingScaler(torch.amp.GradScaler):
             for here in found.values():  # by device
                 flag = torch.maximum(flag, here.to(engine.device))
         flag = engine.everyone.maximum(flag)
-        self.skipped[id(optimizer)] = flag
+        self.skipped[id(optimizer)] = flag.clone()  # the scaler adds those of other optimizers to it
         return {flag.device: flag}
 
     def _maybe_opt_step(self, optimizer: Any, optimizer_state: dict[str, Any], *args: Any, **kwargs: Any) -> Any:

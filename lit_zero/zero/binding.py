@@ -18,7 +18,7 @@ from torch import nn
 from lit_zero.core.copying import TakesCopies
 from lit_zero.core.errors import LitZeroError
 from lit_zero.core.layout import Entry
-from lit_zero.core.owing import Owed, Owing
+from lit_zero.core.owing import Owed, Owing, Pays
 from lit_zero.core.shards import WholeParameters
 from lit_zero.zero.info import ParamInfo
 from lit_zero.zero.lane import Lane
@@ -120,6 +120,8 @@ class Binding(Walking, Scaling, States):
         return engines_is_first and isinstance(self.optimizer, TakesCopies) and self.optimizer.has_copied
 
     def _param(self, elements: torch.Tensor) -> nn.Parameter:
+        if not (isinstance(self.optimizer, Pays) and self.optimizer.may_pay):
+            return nn.Parameter(elements)  # torch's own optimizers look at the class of what they step
         param = Owing(elements)
         param.owed = self.owed
         return param

@@ -198,6 +198,8 @@ class Engine(Clipping, Regrouping):
     def detach(self) -> None:
         """Give the module back: full parameters on every rank, no hooks. All ranks together."""
         self.join()
+        for lane in self.lanes:
+            lane.end_residence()  # a step has failed between two micro-batches
         for unit in self.units:
             self._gatherer.need(unit)
             empty(unit, self.exchange)

@@ -3,7 +3,8 @@
 One backward, in phases:
 
 1. A parameter's gradient is complete: autograd's own tensor is copied once into its parcel's landing buffer and
-   dropped.
+   dropped. Where micro-batches are held that nobody sees in between, as in a pipeline, the view of the buffer then
+   stays as the parameter's gradient, and autograd adds the next ones to it by itself, without a call of ours.
 2. A parcel's last gradient has landed: the parcel is done.
 3. Parcels are reduced in a fixed order, equal on every rank, each as soon as it and all before it are done; the
    exchange runs beside the rest of the backward. With sharded gradients the landing buffer is recycled when its

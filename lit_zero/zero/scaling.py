@@ -53,7 +53,7 @@ class Scaling:
     def pays(self) -> bool:
         """Whether steps multiply gradients by what they are owed."""
         optimizer = self.optimizer
-        return isinstance(optimizer, Pays) and all(
+        return (isinstance(optimizer, Pays) and optimizer.may_pay) and all(
             not lane.keeper.away and optimizer.pays(lane.master.stand_in(), lane.handed_dtype) for lane in self._lanes
         )
 

@@ -68,3 +68,10 @@ def test_large_tensors_are_summed_in_portions(dtype, power):
     torch.testing.assert_close(sum_of_powers([value], power, CPU), expected, rtol=1e-12, atol=0)
     elsewhere = torch.cat([value[:1], value])[1:]
     assert torch.equal(sum_of_powers([elsewhere], power, CPU), sum_of_powers([value], power, CPU))
+
+
+def test_what_lies_on_a_cpu_is_summed_there_whatever_the_default_device_is():
+    values = torch.ones(70_000, device="cpu")
+    with torch.device("meta"):
+        total = sum_of_powers([values], 2.0, CPU)
+    assert total.item() == 70_000

@@ -192,3 +192,19 @@ def test_a_loop_of_fabrics_skips_steps_on_the_device(ranks, stage):
     first, second = ranks(2).run(in_fabric, stage)
     assert first.notes == second.notes == alone.notes
     assert distance(first.weights, alone.weights) < 2e-3
+
+
+def test_the_verdict_on_one_optimizer_is_not_that_on_another(counts):
+    """A scaler adds up verdicts where the first one lies."""
+    engine = engine_on(lambda net: [torch.optim.SGD(part.parameters(), lr=0.1) for part in net])
+    first, second = (binding.optimizer for binding in engine.bindings)
+    scaler = agreeing_scaler(torch.amp.GradScaler("cpu", init_scale=2.0), lambda _: engine)
+    engine.backward(scaler.scale(loss_of(engine.model, 0)))
+    for segment in engine.bindings[1].segments:
+        assert segment.param.grad is not None
+        segment.param.grad.fill_(float("inf"))
+    for optimizer in (first, second):
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+    scaler.update()
+    assert [bool(scaler.skipped[id(each)]) for each in (first, second)] == [False, True]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -251,6 +252,40 @@ def test_others_are_multiplied_at_once(counts, make):
     assert gradients(engine).norm().item() == pytest.approx(CLIP, rel=1e-3)
     engine.step()
     assert counts.products == 1
+
+
+@pytest.mark.parametrize(
+    "make", [partial(adamw, fused="none"), lambda net: torch.optim.AdamW(groups(net), lr=1e-2)], ids=["none", "torch"]
+)
+def test_torchs_classes_step_what_they_know(make):
+    """They take many parameters at once only if these are of torch's own class."""
+    for segment in engine_on(make).bindings[0].segments:
+        assert type(segment.param) is nn.Parameter
+
+
+@pytest.mark.parametrize("after", ["step", "read"])
+def test_writing_through_an_old_gradient_is_refused(counts, after):
+    engine = engine_on()
+    engine.backward(loss_of(engine.model, 0))
+    param = engine.bindings[0].segments[0].param
+    grad = param.grad
+    assert grad is not None
+    engine.clip_grad_norm(CLIP)
+    grad.clamp_(-1e-3, 1e-3)
+    with pytest.raises(LitZeroError, match="Take param.grad anew after clipping"):
+        engine.step() if after == "step" else param.grad
+
+
+def test_what_is_saved_is_a_plain_parameter(counts):
+    engine = engine_on()
+    engine.backward(loss_of(engine.model, 0))
+    engine.clip_grad_norm(CLIP)
+    file = io.BytesIO()
+    torch.save(engine.bindings[0].segments[0].param, file)
+    file.seek(0)
+    loaded = torch.load(file)
+    assert type(loaded) is nn.Parameter and "owed" not in vars(loaded)
+    assert torch.equal(loaded, engine.bindings[0].segments[0].param)
 
 
 def test_without_kernels_nothing_is_owed():

@@ -10,6 +10,7 @@ import torch
 
 from lit_zero.comm import Comm
 from lit_zero.comm.open import open_exchange
+from lit_zero.precision import Lowering, Precision
 from lit_zero.zero import Zero
 from lit_zero.zero.engine import Engine
 from tests.zero.harness import BATCH, GPT, momentum, tokens
@@ -149,3 +150,28 @@ def test_unseen_gradients_stay_with_parameters_until_the_last_backward():
     assert where == [4, 6, 6, 0], "rows, the last bias, and a weight and a bias of each way that was taken"
     for mine, other in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, other)
+
+
+def residents(dtype: torch.dtype, gradient_dtype: str) -> tuple[int, int, bool]:
+    """How many gradients stay with parameters between two unseen backwards; whether any does after the end."""
+    model = GPT(layers=2).to(dtype)
+    lowering = Lowering(Precision(reduce_dtype="compute", gradient_dtype=gradient_dtype), None)
+    exchange = open_exchange(Comm(), torch.device("cpu"))
+    engine = Engine(model, [], zero=Zero("stage3", accumulate="hold"), exchange=exchange, lowering=lowering)
+    between = []
+    for number in range(2):
+        with engine.no_reduce(unseen=True):
+            engine.begin_backward(continues=number > 0)
+            model.loss(tokens(number)).backward()
+            engine.end_backward()
+        between.append(sum(param.grad is not None for param in model.parameters()))
+    engine.detach()
+    return between[0], between[1], any(param.grad is not None for param in model.parameters())
+
+
+def test_gradients_that_are_divided_by_ranks_as_they_land_do_not_reside(ranks):
+    every = len(list(GPT(layers=2).parameters()))
+    for ours in ranks(2).run(residents, torch.bfloat16, "compute"):
+        assert ours == (every, every, False), "2-byte gradients are divided after the sum"
+    for ours in ranks(2).run(residents, torch.float32, "float32"):
+        assert ours == (0, 0, False)

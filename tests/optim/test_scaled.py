@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from lit_zero.optim import LAMB, Muon
-from lit_zero.optim.scaling import Scaled
+from lit_zero.optim.loss_scale import Scaled
 
 SHAPES = ((6, 4), (5,), (3, 2, 2), (4, 6))
 KINDS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
-    "LAMB": lambda params: LAMB(params, lr=0.1, weight_decay=0.1),
-    "Muon": lambda params: Muon(params, lr=0.1, ns_dtype="float32"),
-    "Muon, simple": lambda params: Muon(params, lr=0.1, ns_dtype="float32", nesterov=False),
+    "LAMB": lambda params: LAMB(params, lr=0.1, weight_decay=0.1, takes_scale=True),
+    "Muon": lambda params: Muon(params, lr=0.1, ns_dtype="float32", takes_scale=True),
+    "Muon, simple": lambda params: Muon(params, lr=0.1, ns_dtype="float32", nesterov=False, takes_scale=True),
 }
 
 
@@ -26,7 +26,9 @@ def build(name: str, other_order: bool = False) -> tuple[list[nn.Parameter], tor
     params = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
     if other_order:  # AdamW steps it, and torch's fused kernels cannot
         params.append(nn.Parameter(torch.randn(4, 8, generator=generator)[:, :4]))
-        return params, Muon([{"params": params[:-1]}, {"params": params[-1:], "use_muon": False}], lr=0.1)
+        return params, Muon(
+            [{"params": params[:-1]}, {"params": params[-1:], "use_muon": False}], lr=0.1, takes_scale=True
+        )
     return params, KINDS[name](params)
 
 
