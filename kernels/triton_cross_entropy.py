@@ -24,7 +24,8 @@ def _losses(
     highest = tl.full([], -3.4028234663852886e38, tl.float32)
     total = tl.full([], 0.0, tl.float32)
     whole = tl.full([], 0.0, tl.float32)
-    for start in range(0, width, BLOCK):
+    start = tl.full([], 0, tl.int32)
+    while start < width:  # no ``range``: triton 3.6 cannot interpret one of tensors
         columns = start + tl.arange(0, BLOCK)
         inside = columns < width
         x = tl.load(base + columns, mask=inside, other=float("-inf")).to(tl.float32)
@@ -33,6 +34,7 @@ def _losses(
         if SMOOTH:
             whole += tl.sum(tl.where(inside, x, 0.0), 0)
         highest = higher
+        start += BLOCK
     normaliser = tl.log(total) + highest
     loss = normaliser - (1.0 - smoothing) * picked + z_loss * normaliser * normaliser
     if SMOOTH:  # not 0 times the sum, which may be infinite
@@ -41,13 +43,15 @@ def _losses(
     if GRADIENT:
         scale = tl.where(counts, tl.load(scales + row * scale_stride), 0.0)
         slope = 1.0 + 2.0 * z_loss * normaliser
-        for start in range(0, width, BLOCK):
+        start = tl.full([], 0, tl.int32)
+        while start < width:
             columns = start + tl.arange(0, BLOCK)
             inside = columns < width
             x = tl.load(base + columns, mask=inside, other=float("-inf")).to(tl.float32)
             result = tl.exp(x - normaliser) * slope - smoothing / width
             result = scale * tl.where(columns == target, result - (1.0 - smoothing), result)
             tl.store(base + columns, result.to(logits.dtype.element_ty), mask=inside)
+            start += BLOCK
 
 
 def losses_(

@@ -104,10 +104,12 @@ def _add_up(rows, sums, totals, WIDTH: tl.constexpr, BLOCK: tl.constexpr, SUMS: 
     row = rows + number.to(tl.int64) * WIDTH
     first, blocks = tl.load(row + 2), tl.cdiv(tl.load(row), BLOCK)
     params, updates = tl.zeros((SUMS,), tl.float64), tl.zeros((SUMS,), tl.float64)
-    for begin in range(0, blocks, SUMS):
+    begin = tl.full([], 0, tl.int64)
+    while begin < blocks:  # no ``range``: triton 3.6 cannot interpret one of tensors
         at = begin + tl.arange(0, SUMS)
         params += tl.load(sums + 2 * (first + at), mask=at < blocks, other=0.0).to(tl.float64)
         updates += tl.load(sums + 2 * (first + at) + 1, mask=at < blocks, other=0.0).to(tl.float64)
+        begin += SUMS
     tl.store(totals + 2 * number, tl.sum(params, axis=0))
     tl.store(totals + 2 * number + 1, tl.sum(updates, axis=0))
 

@@ -49,7 +49,8 @@ def _backward(
         scale = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32) + offset
     weight_sum = tl.zeros([BLOCK], tl.float32)
     bias_sum = tl.zeros([BLOCK], tl.float32)
-    for row in range(first, tl.minimum(first + each, rows)):
+    row, end = first, tl.minimum(first + each, rows)
+    while row < end:  # no ``range``: triton 3.6 cannot interpret one of tensors
         g = tl.load(grad + row * grad_stride + columns, mask=inside, other=0.0).to(tl.float32)
         unit = tl.load(x + row * stride + columns, mask=inside, other=0.0).to(tl.float32)
         rstd = tl.load(rstds + row)
@@ -64,6 +65,7 @@ def _backward(
             inner = inner - tl.sum(inner, 0) / width
         result = (inner - unit * along) * rstd
         tl.store(grad_x + row * width + columns, result.to(grad_x.dtype.element_ty), mask=inside)
+        row += 1
     tl.store(grad_weight + program * width + columns, weight_sum, mask=inside)
     tl.store(grad_bias + program * width + columns, bias_sum, mask=inside)
 
