@@ -18,10 +18,7 @@ def random_states() -> dict[str, Any]:
 
     They are torch's, on the CPU and on the present CUDA device, Python's, and numpy's if it is in use.
     """
-    found: dict[str, Any] = {"torch": _bytes(torch.get_rng_state()), "random": random.getstate()}
-    if torch.cuda.is_initialized():
-        found["cuda"] = _bytes(torch.cuda.get_rng_state())
-    numpy = _numpy()
+    found, numpy = _states_beside_numpys(), _numpy()
     if numpy:
         kind, keys, *rest = numpy.random.get_state()
         found["numpy"] = (kind, keys.tobytes(), *rest)
@@ -32,10 +29,7 @@ def random_marks() -> dict[str, Any]:
     """Return what tells whether somebody draws from the generators from now on, see :func:`drawn_since`. It takes a
     third of the time of :func:`random_states`.
     """
-    found: dict[str, Any] = {"torch": _bytes(torch.get_rng_state()), "random": random.getstate()}
-    if torch.cuda.is_initialized():
-        found["cuda"] = _bytes(torch.cuda.get_rng_state())
-    numpy = _numpy()
+    found, numpy = _states_beside_numpys(), _numpy()
     if numpy:
         found["numpy"] = _numpys_mark(numpy)
     return found
@@ -112,6 +106,13 @@ def set_generator_state(generator: Any, state: Any) -> None:
 
 def _numpy() -> Any:
     return sys.modules.get("numpy")
+
+
+def _states_beside_numpys() -> dict[str, Any]:
+    found: dict[str, Any] = {"torch": _bytes(torch.get_rng_state()), "random": random.getstate()}
+    if torch.cuda.is_initialized():
+        found["cuda"] = _bytes(torch.cuda.get_rng_state())
+    return found
 
 
 def _numpys_mark(numpy: Any) -> Any:

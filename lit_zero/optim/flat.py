@@ -170,7 +170,9 @@ class Flat(torch.optim.Optimizer):
         return loss
 
     def _walks(self, held: Sequence[tuple[dict[str, Any], nn.Parameter]]) -> bool:
-        """Return whether :meth:`_walk` steps what is held, and not torch."""
+        """Return whether :meth:`_walk` steps what is held, and not torch; tell torch's class in each group whether its
+        fused kernels can.
+        """
         for group in self.param_groups:
             if "fused" in self.defaults:  # the groups of a checkpoint may have been of another mind
                 group["fused"] = not self._needs_walk(group) and all(map(is_torchs_own, group["params"]))
