@@ -5,6 +5,10 @@ memory of its own, never in that of the message before. Sends return at once. Re
 which the other rank sends, so that a transfer runs beside the computation. There is no thread: gloo's own carry the
 bytes, and Python's would take turns with the computation.
 
+[Note: posting while waiting]
+gloo tells the sender of every receive that is posted, which takes as long as sending a small message. So what is asked
+for is posted when this rank waits anyway, mostly at the beginning of a step, as much as fits in ``_AHEAD_BYTES``.
+
 [Note: frames]
 A message is packed into one piece of memory: how long it is, a header that says what follows, and the tensors. It is
 sent in a frame as long as the last message of the same key between the two ranks was, which both know when the receive
@@ -41,6 +45,8 @@ from torch.utils._pytree import tree_map
 from lit_zero.core.errors import LitZeroError
 
 _LEAST_BYTES = 1 << 10  # of a frame
+_AHEAD_BYTES = 16 << 20  # of frames that are posted at a time, from one rank
+_AHEAD_LEAST = 2  # of them, however long
 _START = struct.Struct("<qqq")  # of a message: its length, that of its header, in bytes, and how many have come here
 _ALIGN_BYTES = 64
 _END = timedelta(seconds=2)  # for a message to leave when this rank ends
@@ -103,7 +109,7 @@ class _Posted:
     """A receive that was posted."""
 
     key: Hashable
-    frame: torch.Tensor
+    frame: torch.Tensor  # bytes
     work: dist.Work | None
 
 
@@ -112,12 +118,20 @@ class _Line:
 
     def __init__(self) -> None:
         self.flying: deque[_Flying] = deque()
+        self.wanted: deque[Hashable] = deque()  # keys of the messages to be posted after those that are
         self.posted: deque[_Posted] = deque()
+        self.posted_bytes = 0
         self.left, self.came = 0, 0  # messages that have left for good, and that have come
         self.sent_frames: dict[Hashable, int] = {}  # bytes, by key
         self.came_frames: dict[Hashable, int] = {}
         self.sent_headers: dict[Hashable, _Header] = {}  # those that last
         self.came_headers: dict[Hashable, _Header] = {}
+
+    @property
+    def has_room(self) -> bool:
+        """Whether the next message that is wanted may be posted."""
+        length = self.came_frames.get(self.wanted[0], _LEAST_BYTES)
+        return len(self.posted) < _AHEAD_LEAST or self.posted_bytes + length <= _AHEAD_BYTES
 
     def header_of(self, message: Message) -> _Header:
         """Return the header of a message that is about to be sent."""
@@ -201,7 +215,7 @@ class Transport:
         places, length = header.places, header.length
         frame = line.sent_frames.get(message.key, _LEAST_BYTES)
         line.sent_frames[message.key] = max(length, _LEAST_BYTES)
-        packed = torch.empty(max(length, frame), dtype=torch.uint8)
+        packed = torch.empty(max(length, frame), dtype=torch.uint8, device="cpu")
         _write(packed, _START.pack(length, len(header.pickled), line.came) + header.pickled)
         works: list[dist.Work | None] = []
         held = [packed]
@@ -220,11 +234,19 @@ class Transport:
         line.flying.append(_Flying(works, held))
 
     def post(self, key: Hashable, source: int) -> None:
-        """Get ready to receive the message ``key`` from the rank at position ``source``, after those posted before."""
-        line = self._lines[source]
-        frame = torch.empty(line.came_frames.get(key, _LEAST_BYTES), dtype=torch.uint8)
-        line.posted.append(_Posted(key, frame, self._frames.recv([frame], source, 0)))
+        """Get ready to receive the message ``key`` from the rank at position ``source``, after those posted before. As
+        many as are wanted may be posted at once: no more than fit in some memory really are.
+        """
+        self._lines[source].wanted.append(key)
         self._sources[key] = source
+
+    def _post_wanted(self) -> None:
+        for source, line in self._lines.items():
+            while line.wanted and line.has_room:
+                key = line.wanted.popleft()
+                frame = torch.empty(line.came_frames.get(key, _LEAST_BYTES), dtype=torch.uint8, device="cpu")
+                line.posted.append(_Posted(key, frame, self._frames.recv([frame], source, 0)))
+                line.posted_bytes += frame.numel()
 
     def wait(self, key: Hashable) -> Message:
         """Return a message that was posted, once it is there.
@@ -233,8 +255,11 @@ class Transport:
             LitZeroError: if another one came: the two ranks do not run the same schedule.
         """
         source = self._sources.pop(key)
+        line = self._lines[source]
         while key not in self._come:
-            posted = self._lines[source].posted.popleft()
+            self._post_wanted()
+            posted = line.posted.popleft()
+            line.posted_bytes -= posted.frame.numel()
             message = self._receive(posted, source)
             if message.key != posted.key:
                 raise LitZeroError(
@@ -254,7 +279,7 @@ class Transport:
             content: Any = packed.numpy()
             length, size, received = _START.unpack_from(content)
             if length > packed.numel():
-                whole = torch.empty(length, dtype=torch.uint8)
+                whole = torch.empty(length, dtype=torch.uint8, device="cpu")
                 whole[: packed.numel()] = packed
                 self._arrive(whole[packed.numel() :], self._frames, source, tag=1)
                 packed = whole

@@ -39,7 +39,10 @@ def call_leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple
 
 def tensors(value: Any) -> Iterator[torch.Tensor]:
     """Yield the tensors among the leaves of ``value``."""
-    yield from (leaf for _, leaf in leaves(value) if isinstance(leaf, torch.Tensor))
+    if isinstance(value, torch.Tensor):  # mostly, and at once
+        yield value
+    else:
+        yield from (leaf for _, leaf in leaves(value) if isinstance(leaf, torch.Tensor))
 
 
 def map_leaves(value: Any, function: Callable[[str, Any], Any], path: str = "") -> Any:

@@ -26,6 +26,7 @@ from lit_zero.comm.transport import Transport
 from lit_zero.pipeline.actions import (
     BACKWARD,
     FORWARD,
+    GRADIENT,
     INPUTS,
     POST,
     SEND,
@@ -48,8 +49,10 @@ class Work(Protocol):
     def forward(self, number: int, micro_batch: int) -> Any:
         """Run the user's step on a micro-batch, as stage ``number``; return what it has returned."""
 
-    def loss(self, micro_batch: int, result: Any) -> torch.Tensor | None:
-        """Return what the backward of a micro-batch starts from; ``None`` for nothing."""
+    def loss(self, micro_batch: int, result: Any) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """Return what the backward of a micro-batch starts from and the gradient there, by default one; ``None`` for
+        nothing.
+        """
 
     def backward(self, last: bool, run: Callable[[], None]) -> None:
         """Run something that makes gradients of parameters; ``last``: nothing of this step makes any after it."""
@@ -69,10 +72,12 @@ class Work(Protocol):
 
 @dataclass
 class _Visit:
-    """A micro-batch on a stage, between its forward and its backward."""
+    """A micro-batch on a stage, from its forward to its backward."""
 
-    received: list[torch.Tensor]
-    outputs: list[torch.Tensor]
+    received: list[torch.Tensor] = field(default_factory=list)
+    note: Any = None  # that has come with them
+    outputs: list[torch.Tensor] = field(default_factory=list)
+    starts: list[torch.Tensor | None] = field(default_factory=list)  # on the last stage: the gradients of the outputs
     branches: list[dict[str, Any]] = field(default_factory=list)  # of the graph, after ``I``
 
 
@@ -115,7 +120,7 @@ class Runner:
             if isinstance(step, Transfer):
                 self._transfer(step)
                 continue
-            start = time.perf_counter()
+            start, self._waited = time.perf_counter(), 0.0
             if step.kind == FORWARD:
                 self._forward(step, training)
             elif step.kind == INPUTS:
@@ -123,7 +128,7 @@ class Runner:
             else:
                 self._weights(step, last=number == closing)
             if self.timeline is not None:
-                self.timeline.append((step, start, time.perf_counter()))
+                self.timeline.append((step, start + self._waited, time.perf_counter()))
         self._transport.flush()
         work.finish()
         results = self._results
@@ -140,14 +145,20 @@ class Runner:
         if step.verb == POST:
             self._transport.post(step.message, step.peer)
         elif step.verb == WAIT:
-            self._here[step.message] = self._transport.wait(step.message)
+            if step.message.kind == GRADIENT:  # an activation is waited for when the user's step gets there
+                self._here[step.message] = self._transport.wait(step.message)
         else:
             assert step.verb == SEND
             self._transport.send(self._here.pop(step.message), step.peer)
 
-    def _take(self, action: Compute) -> Parcel:
-        message = taken(action, self._stages)
-        return Parcel(None, []) if message is None else self._here.pop(message)
+    def _arrived(self, message: Message) -> Parcel:
+        """Return an activation once it is there."""
+        if message in self._here:  # from another stage of this rank
+            return self._here.pop(message)
+        start = time.perf_counter()
+        came = self._transport.wait(message)
+        self._waited += time.perf_counter() - start
+        return came
 
     def _give(self, action: Compute, tensors: list[torch.Tensor], note: Any = None) -> None:
         message = given(action, self._stages)
@@ -157,31 +168,37 @@ class Runner:
     # ---- actions
 
     def _forward(self, action: Compute, training: bool) -> None:
-        work, came = self._work, self._take(action)
-        # Leaves of their own: between two stages of one rank nothing is copied, and the graph must end here too.
-        received = [t.detach().requires_grad_(t.requires_grad and training) for t in came.tensors]
+        work, visit, message = self._work, _Visit(), taken(action, self._stages)
+
+        def receive() -> list[torch.Tensor]:
+            if message is not None:
+                came = self._arrived(message)
+                # Leaves of their own: between stages of one rank nothing is copied, and the graph must end here too.
+                visit.received = [t.detach().requires_grad_(t.requires_grad and training) for t in came.tensors]
+                visit.note = came.note
+            return visit.received
 
         def enter() -> None:
-            work.set_random_state(action.micro_batch, came.note)
+            work.set_random_state(action.micro_batch, visit.note)
 
-        ended = self._split.run(
-            action.stage, lambda: work.forward(action.stage, action.micro_batch), received, enter if received else None
-        )
+        ended = self._split.run(action.stage, lambda: work.forward(action.stage, action.micro_batch), receive, enter)
         if isinstance(ended, Finished):
             self._results[action.micro_batch] = ended.result
             loss = work.loss(action.micro_batch, ended.result) if training else None
-            outputs = [] if loss is None else [loss]
+            if loss is not None:
+                visit.outputs, visit.starts = [loss[0]], [loss[1]]
         else:
-            outputs = ended.tensors
-            self._give(action, outputs, work.random_state())
+            visit.outputs = ended.tensors
+            self._give(action, visit.outputs, work.random_state())
         if training:
-            self._visits[action.stage, action.micro_batch] = _Visit(received, outputs)
+            self._visits[action.stage, action.micro_batch] = visit
 
     def _gradients(self, action: Compute, visit: _Visit) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
         """Return what the backward starts from, and the gradients for it."""
         message = taken(action, self._stages)
         if message is None:  # the last stage: from the loss
-            return [t for t in visit.outputs if t.requires_grad], [None for t in visit.outputs if t.requires_grad]
+            pairs = [(t, g) for t, g in zip(visit.outputs, visit.starts, strict=True) if t.requires_grad]
+            return [t for t, _ in pairs], [g for _, g in pairs]
         came = self._here.pop(message)
         grads = iter(came.tensors)
         pairs = [(t, next(grads)) for t, there in zip(visit.outputs, came.note, strict=True) if there]

@@ -71,8 +71,11 @@ class _Exit(BaseException):
 class _Visit:
     """One run of the step as one stage."""
 
-    def __init__(self, piece: StagePlan, received: Sequence[torch.Tensor], on_entry: Callable[[], None] | None) -> None:
-        self.piece, self.received, self.on_entry = piece, received, on_entry
+    def __init__(
+        self, piece: StagePlan, receive: Callable[[], Sequence[torch.Tensor]], on_entry: Callable[[], None]
+    ) -> None:
+        self.piece, self.receive, self.on_entry = piece, receive, on_entry
+        self.received: Sequence[torch.Tensor] | None = None  # before the first block has been reached
         self.ghosts = set(piece.ghosts)
         self.next = piece.first  # number of the block that must run next
 
@@ -161,33 +164,29 @@ class Split:
         self,
         number: int,
         step: Callable[[], Any],
-        received: Sequence[torch.Tensor] = (),
-        on_entry: Callable[[], None] | None = None,
+        receive: Callable[[], Sequence[torch.Tensor]] = tuple,
+        on_entry: Callable[[], None] = lambda: None,
     ) -> Crossing | Finished:
         """Run the user's step as one stage.
 
         Args:
             number: of the stage; it must be local.
             step: the user's code on one micro-batch.
-            received: the tensors that the stage before has sent; for a gradient they must be leaves that require one.
+            receive: called once, right before the stage's first block runs: returns the tensors that the stage before
+                has sent; for a gradient they must be leaves that require one.
             on_entry: called right before the stage's first block runs, and again where a checkpoint recomputes that
                 block: puts the random state there that has come with the tensors.
 
         Raises:
-            ConfigError: if ``received`` does not fit the step, so the ranks do not run the same micro-batch.
+            ConfigError: if what was received does not fit the step, so the ranks do not run the same micro-batch.
             UnsupportedError: if the step does not run the blocks once each and in order.
         """
         if number not in self.local:
             raise ConfigError(f"Stage {number} is not held here; local are {list(self.local)}.")
         piece = self.plan.stages[number]
-        if len(received) != len(piece.receives):
-            raise ConfigError(
-                f"Stage {number} was given {len(received)} tensors, but it begins with {len(piece.receives)}: "
-                f"{'; '.join(map(str, piece.receives)) or 'the batch alone'}."
-            )
         if self._visit is not None:
             raise UnsupportedError("A stage was run inside another one; run them one after the other.")
-        visit = self._visit = _Visit(piece, received, on_entry)
+        visit = self._visit = _Visit(piece, receive, on_entry)
         try:
             result = step()
         except _Exit as exit:
@@ -247,7 +246,8 @@ class Split:
                 if index == piece.first:
                     self._enter(visit, args, kwargs)
                 visit.next += 1
-                args, kwargs = _received(index, (args, kwargs))
+                if piece.receives:
+                    args, kwargs = _received(index, args, kwargs)
                 return real(*args, **kwargs)
 
             return forward
@@ -258,7 +258,7 @@ class Split:
     def _enter(self, visit: _Visit, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Mark the stand-ins among the arguments with what was received for them."""
         given = dict(call_leaves(args, kwargs))
-        for slot, tensor in zip(visit.piece.receives, visit.received, strict=True):
+        for slot, tensor in zip(visit.piece.receives, self._arrived(visit), strict=True):
             for path in slot.paths:
                 leaf = self._at(visit.piece.first, given, path)
                 if tensor.shape != leaf.shape or tensor.dtype != leaf.dtype:
@@ -268,8 +268,17 @@ class Split:
                         "all stages must run the same micro-batch, in the same precision and mode."
                     )
                 setattr(leaf, _MARK, _Mark(visit, tensor, slot))
-        if visit.on_entry is not None:
-            visit.on_entry()
+        visit.on_entry()
+
+    def _arrived(self, visit: _Visit) -> Sequence[torch.Tensor]:
+        if visit.received is None:
+            visit.received, piece = visit.receive(), visit.piece
+            if len(visit.received) != len(piece.receives):
+                raise ConfigError(
+                    f"Stage {piece.number} was given {len(visit.received)} tensors, but it begins with "
+                    f"{len(piece.receives)}: {'; '.join(map(str, piece.receives)) or 'the batch alone'}."
+                )
+        return visit.received
 
     @_uncompiled
     def _answer(self, visit: _Visit, group: Any, module: nn.Module, real: Any, call: Any, written: bool) -> Any:
@@ -300,11 +309,11 @@ class Split:
                 "pipeline. Call the model only in the step; a checkpoint that recomputes several blocks must not reach "
                 "over a boundary (pipeline.boundaries)."
             )
-        return True, *_received(index, (args, kwargs))
+        return True, *_received(index, args, kwargs)
 
     @_uncompiled
     def _collect(self, piece: StagePlan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
-        args, kwargs = _received(piece.end, (args, kwargs))
+        args, kwargs = _received(piece.end, args, kwargs)
         given = dict(call_leaves(args, kwargs))
         tensors = [self._at(piece.end, given, slot.paths[0]) for slot in piece.sends]
         for slot, tensor in zip(piece.sends, tensors, strict=True):
@@ -340,8 +349,8 @@ class Split:
 
 
 @_uncompiled
-def _received(index: int, value: Any) -> Any:
-    """Return ``value`` with what was received in place of marked stand-ins."""
+def _received(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return a block's arguments with what was received in place of marked stand-ins."""
 
     def swap(path: str, leaf: Any) -> Any:
         mark = getattr(leaf, _MARK, None) if isinstance(leaf, torch.Tensor) else None
@@ -350,4 +359,4 @@ def _received(index: int, value: Any) -> Any:
         # A tensor that requires a gradient and is nobody's result cannot be written to in place.
         return mark.tensor.clone() if mark.slot.written and index == mark.visit.piece.first else mark.tensor
 
-    return map_leaves(value, swap)
+    return tuple(map_leaves(arg, swap) for arg in args), {key: map_leaves(arg, swap) for key, arg in kwargs.items()}

@@ -28,8 +28,7 @@ class StandIns:
             with torch.inference_mode(False), torch.no_grad():
                 base = torch.full((), _nothing(dtype), dtype=dtype, device=device)
             self._bases[dtype, device] = base
-        with torch.no_grad():
-            return base.data.expand(shape)  # .data: views of one tensor would count their versions together
+        return base.data.expand(shape)  # .data: views of one tensor would count their versions together
 
     def make_written(
         self, shape: torch.Size | tuple[int, ...], dtype: torch.dtype, device: torch.device

@@ -229,7 +229,7 @@ class Stages(Dividing):
         key = training, len(micro.parts)
         self._ran = len(micro.parts) if training else self._ran
         if key not in self._orders:
-            self._orders[key] = lower(self.schedule(*key))
+            self._orders[key] = lower(self.schedule(*key), ahead=None)
 
         def on_part(part: Any) -> Any:
             return step(part, *args[1:], **kwargs)

@@ -76,14 +76,16 @@ class Work:
         with self._metrics.unchanged():
             return self._step(part)
 
-    def loss(self, micro_batch: int, result: Any) -> torch.Tensor | None:
-        """Return a micro-batch's share of the loss, scaled as the precision wants it."""
+    def loss(self, micro_batch: int, result: Any) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """Return a micro-batch's loss, scaled as the precision wants it, and as its gradient its share of the whole."""
         loss = _loss(result)
         if loss is None:
             return None
-        part = loss * (self._micro.weights[micro_batch] / self._accumulate)
         scaler = getattr(self._plugin, "scaler", None)
-        return part if scaler is None else scaler.scale(part)
+        if scaler is not None:
+            loss = scaler.scale(loss)
+        share = self._micro.weights[micro_batch] / self._accumulate
+        return loss, torch.full_like(loss, share) if loss.numel() == 1 else None  # else torch refuses it
 
     def backward(self, last: bool, run: Callable[[], None]) -> None:
         """Run a part of the backward; the last one begins to reduce the gradients."""

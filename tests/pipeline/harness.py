@@ -65,7 +65,9 @@ def run(stages: Stages, step: Step, batch: Any, backward: bool = True) -> torch.
             if number:
                 torch.set_rng_state(state)
 
-        outcome = split.run(number, lambda split=split: step(split.model, batch), received, on_entry)
+        outcome = split.run(
+            number, lambda split=split: step(split.model, batch), lambda given=received: given, on_entry
+        )
         state = torch.get_rng_state()
         if isinstance(outcome, Finished):
             result = outcome.result

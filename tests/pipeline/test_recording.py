@@ -294,19 +294,23 @@ def test_steps_that_change_are_refused():
         return on_tokens(last.model, tokens) + on_tokens(last.model, tokens)
 
     with pytest.raises(UnsupportedError, match="Module 'embedding' runs after block .* called twice in one step"):
-        last.run(1, twice, received)
+        last.run(1, twice, lambda: received)
     with pytest.raises(UnsupportedError, match="Block 'trunk.inner.stack.0' is called twice in one step"):
-        last.run(1, lambda: [on_tokens(last.model, tokens), last.model.trunk.inner["stack"][0](received[0])], received)
+        last.run(
+            1,
+            lambda: [on_tokens(last.model, tokens), last.model.trunk.inner["stack"][0](received[0])],
+            lambda: received,
+        )
     with pytest.raises(UnsupportedError, match="ended on stage 0 without reaching block 'trunk.inner.stack"):
         first.run(0, lambda: None)
     with pytest.raises(UnsupportedError, match="did not run in this step although it did when .* recorded"):
-        last.run(1, lambda: None, received)
+        last.run(1, lambda: None, lambda: received)
     with pytest.raises(
         ConfigError, match="Stage 1 was given 0 tensors, but it begins with 1: args.0. .4, 6, 8. float32"
     ):
-        last.run(1, lambda: None)
+        last.run(1, lambda: on_tokens(last.model, tokens))
     with pytest.raises(ConfigError, match=r"Stage 1 received \[3, 6, 8\] .* its own micro-batch gives \[4, 6, 8\]"):
-        last.run(1, lambda: on_tokens(last.model, tokens), [torch.zeros(3, 6, DIM)])
+        last.run(1, lambda: on_tokens(last.model, tokens), lambda: [torch.zeros(3, 6, DIM)])
     with pytest.raises(ConfigError, match="Stage 0 is not held here; local are .1."):
         last.run(0, lambda: None)
     with pytest.raises(UnsupportedError, match="is on another stage and was called outside a step"):

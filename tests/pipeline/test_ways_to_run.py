@@ -95,7 +95,7 @@ def test_two_micro_batches_in_flight():
         result = two.run(
             1,
             lambda tokens=tokens: on_tokens(two.model, tokens),
-            [leaf],
+            lambda leaf=leaf: [leaf],
             lambda state=state: torch.set_rng_state(state),
         ).result
         losses.append(result)
