@@ -136,7 +136,7 @@ class _Line:
     def header_of(self, message: Message) -> _Header:
         """Return the header of a message that is about to be sent."""
         tensors, last = message.tensors, self.sent_headers.get(message.key)
-        described = [(tuple(t.shape), t.dtype, t.requires_grad, t.device.type == "cpu") for t in tensors]
+        described = [(t.shape, t.dtype, t.requires_grad, t.is_cpu) for t in tensors]
         lasts = _lasts(message.note)
         if last is not None and lasts and last.described == described and last.note == message.note:
             return last
@@ -216,12 +216,14 @@ class Transport:
         frame = line.sent_frames.get(message.key, _LEAST_BYTES)
         line.sent_frames[message.key] = max(length, _LEAST_BYTES)
         packed = torch.empty(max(length, frame), dtype=torch.uint8, device="cpu")
-        _write(packed, _START.pack(length, len(header.pickled), line.came) + header.pickled)
+        content: Any = packed.numpy()
+        start = _START.pack(length, len(header.pickled), line.came) + header.pickled
+        memoryview(content)[: len(start)] = start
         works: list[dist.Work | None] = []
         held = [packed]
         for tensor, place in zip(tensors, places, strict=True):
             if place is not None and tensor.numel():
-                _within(packed, place, tensor.shape, tensor.dtype).copy_(tensor)
+                _within(content, place, tensor.shape, tensor.dtype).copy_(tensor)
         for tag, part in enumerate((packed[:frame], packed[frame:])):
             if part.numel():
                 works.append(self._frames.send([part], to, tag))  # what dist.isend checks first takes as long as this
@@ -291,8 +293,7 @@ class Transport:
             tensors = []
             for (shape, dtype, requires_grad, _), place in zip(header.described, header.places, strict=True):
                 if place is not None:
-                    # .data: views of one piece of memory would count their versions together.
-                    tensor = _within(packed, place, shape, dtype).data
+                    tensor = _within(content, place, shape, dtype)
                 else:
                     tensor = torch.empty(shape, dtype=dtype, device=self.device)
                     if tensor.numel():
@@ -312,6 +313,7 @@ class Transport:
 
     def share(self, value: Any, source: int, key: str = "shared") -> Any:
         """Return the ``value`` of the rank at position ``source`` on every rank of the pipeline, in memory of its own.
+        Its receive may have been posted before, as ``key``.
 
         Args:
             value: anything that can be pickled; plain tensors in tuples, lists and dictionaries are not.
@@ -321,7 +323,8 @@ class Transport:
         if self.size == 1:
             return value
         if self.position != source:
-            self.post(key, source)
+            if key not in self._sources:
+                self.post(key, source)
             message = self.wait(key)
             # Users keep these: one must not keep the whole message, and two must not lie in the same storage.
             with torch.inference_mode(False):
@@ -385,15 +388,13 @@ def _places(header: int, described: Sequence[tuple[Any, ...]]) -> tuple[list[int
     return places, end
 
 
-def _write(packed: torch.Tensor, start: bytes) -> None:
-    content: Any = packed.numpy()
-    memoryview(content)[: len(start)] = start
-
-
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(-1).view(torch.uint8)
 
 
-def _within(packed: torch.Tensor, place: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """Return the tensor that begins at byte ``place``."""
-    return packed[place : place + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+def _within(content: Any, place: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Return the tensor that begins at byte ``place``; it is no view of another one, and counts its own versions."""
+    count = math.prod(shape)
+    if not count:
+        return torch.empty(shape, dtype=dtype, device="cpu")
+    return torch.frombuffer(content, dtype=dtype, count=count, offset=place).view(shape)

@@ -27,13 +27,13 @@ from lit_zero.pipeline.schedule import Schedule
 Steps = tuple[Step, ...]  # of one rank
 
 
-def lower(schedule: Schedule, ahead: int | None = 1) -> tuple[Steps, ...]:
+def lower(schedule: Schedule, ahead: int = 1) -> tuple[Steps, ...]:
     """Return all that every rank does, in order.
 
     Args:
         schedule: a complete one; see ``checking``.
-        ahead: how many actions before the one that needs a message its receive is posted, ``None`` for all at the
-            beginning. Each posted receive holds a buffer, unless the executor posts as much as has room.
+        ahead: how many actions before the one that needs a message its receive is posted. Each posted receive holds a
+            buffer.
     """
     stages, placement = schedule.stages, schedule.placement
     needed: dict[Message, int] = {}  # the place in its rank's order where a message is needed
@@ -49,7 +49,7 @@ def lower(schedule: Schedule, ahead: int | None = 1) -> tuple[Steps, ...]:
 
     posts: dict[tuple[int, int], list[Transfer]] = defaultdict(list)  # (rank, place): before which action
     for (source, rank), messages in sent.items():
-        places = [0 if ahead is None else max(0, needed[message] - ahead) for message in messages]
+        places = [max(0, needed[message] - ahead) for message in messages]
         for k in reversed(range(len(places) - 1)):
             places[k] = min(places[k], places[k + 1])
         for place, message in zip(places, messages, strict=True):

@@ -6,6 +6,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ class MicroBatches:
     parts: list[Any]
     rows: list[int]
 
-    @property
+    @cached_property
     def weights(self) -> list[float]:
         """The share of the batch's rows in each; their sum is 1."""
         return [rows / sum(self.rows) for rows in self.rows]

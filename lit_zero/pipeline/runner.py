@@ -13,7 +13,7 @@ Source of the split backward: Qi et al., "Zero Bubble Pipeline Parallelism", 202
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -97,12 +97,13 @@ class Runner:
         self._split, self._transport, self._held, self._stages = split, transport, parameters, stages
         self.timeline: list[tuple[Compute, float, float]] | None = None  # set it to a list to have actions timed
 
-    def run(self, steps: Sequence[Step], work: Work) -> dict[int, Any]:
+    def run(self, steps: Sequence[Step], work: Work, afterwards: Sequence[tuple[Hashable, int]] = ()) -> dict[int, Any]:
         """Run all steps.
 
         Args:
             steps: of this rank, see ``lowering``.
             work: the user's code and the engine.
+            afterwards: keys of messages that come when the steps are over, and positions of their senders.
 
         Returns:
             What the user's step has returned for each micro-batch, on the rank of the last stage; empty elsewhere.
@@ -116,6 +117,11 @@ class Runner:
             (n for n, step in enumerate(steps) if isinstance(step, Compute) and step.kind in (BACKWARD, WEIGHTS)),
             default=-1,
         )
+        for step in steps:  # the transport knows best how many receives it posts ahead
+            if isinstance(step, Transfer) and step.verb == POST:
+                self._transport.post(step.message, step.peer)
+        for key, source in afterwards:
+            self._transport.post(key, source)
         for number, step in enumerate(steps):
             if isinstance(step, Transfer):
                 self._transfer(step)
@@ -142,14 +148,10 @@ class Runner:
     # ---- messages
 
     def _transfer(self, step: Transfer) -> None:
-        if step.verb == POST:
-            self._transport.post(step.message, step.peer)
-        elif step.verb == WAIT:
-            if step.message.kind == GRADIENT:  # an activation is waited for when the user's step gets there
-                self._here[step.message] = self._transport.wait(step.message)
-        else:
-            assert step.verb == SEND
+        if step.verb == SEND:
             self._transport.send(self._here.pop(step.message), step.peer)
+        elif step.verb == WAIT and step.message.kind == GRADIENT:  # the user's step waits for an activation
+            self._here[step.message] = self._transport.wait(step.message)
 
     def _arrived(self, message: Message) -> Parcel:
         """Return an activation once it is there."""

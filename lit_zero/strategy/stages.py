@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from lit_zero.strategy.strategy import ZeroStrategy
 
 _EVERY_UNIT = 1 << 30  # slots: as many as there are units
+_TOLD = "told"  # key of the message in which the last rank tells what the step has returned and logged
 
 
 class Stages(Dividing):
@@ -229,17 +230,18 @@ class Stages(Dividing):
         key = training, len(micro.parts)
         self._ran = len(micro.parts) if training else self._ran
         if key not in self._orders:
-            self._orders[key] = lower(self.schedule(*key), ahead=None)
+            self._orders[key] = lower(self.schedule(*key))[transport.position]
 
         def on_part(part: Any) -> Any:
             return step(part, *args[1:], **kwargs)
 
-        last = len(self._placement) - 1
+        last, teller = len(self._placement) - 1, self._placement[-1]
+        afterwards = [] if transport.position == teller else [(_TOLD, teller)]
         work = Work(strategy, self._engine, self._metrics, name, last, micro, seed, on_part)
         with work.set_apart():
-            results = self._runner.run(self._orders[key][transport.position], work)
+            results = self._runner.run(self._orders[key], work, afterwards)
         told = work.told(results) if results else None
-        result, logged, updated = transport.share(told, self._placement[-1], "told")
+        result, logged, updated = transport.share(told, teller, _TOLD)
         if not results:
             self._metrics.follow(updated)
         log_again(self._module, logged, strategy.root_device)

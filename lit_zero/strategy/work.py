@@ -54,7 +54,8 @@ class Work:
         before, module = random_states(), self._module
         self._metrics.begin()
         with self._engine.buffers.at_rest():
-            module.log, self._metrics.in_step = self._logged.ignore, True
+            self._log_by(self._logged.ignore)
+            self._metrics.in_step = True
             try:
                 yield
             finally:
@@ -67,14 +68,16 @@ class Work:
         self._engine.begin_forward(share_buffers=False)
         seed_everything(seed_of(self._seed, micro_batch))
         self._marks = {} if number == self._last else random_marks()  # the last stage tells nobody
-        module: Any = self._module
         part = self._micro.parts[micro_batch]
         if number == self._last:
-            module.log = self._logged.keep
+            self._log_by(self._logged.keep)
             return self._step(part)
-        module.log = self._logged.ignore
+        self._log_by(self._logged.ignore)
         with self._metrics.unchanged():
             return self._step(part)
+
+    def _log_by(self, log: Callable[..., None]) -> None:
+        vars(self._module)["log"] = log  # as module.log = log, which first looks whether it is a parameter or a module
 
     def loss(self, micro_batch: int, result: Any) -> tuple[torch.Tensor, torch.Tensor | None] | None:
         """Return a micro-batch's loss, scaled as the precision wants it, and as its gradient its share of the whole."""
