@@ -263,9 +263,12 @@ class Engine(Clipping, Regrouping):
         for lane, found in (reached or {}).items():
             lane.reached = bytearray(before | now for before, now in zip(lane.reached, found, strict=True))
         self._passing = self.keeping.early
+        if self._reducer.unseen:
+            self._hooks.sleep()
 
     def end_backward(self) -> None:
         """Call this right after a backward; returns when the gradients are reduced."""
+        self._hooks.wake()
         self._reducer.end()
         self._in_backward = self._passing = False
         if not self._reducer.deferred:
@@ -305,6 +308,7 @@ class Engine(Clipping, Regrouping):
             yield
         finally:
             self._reducer.deferred, self._reducer.unseen = before, False
+            self._hooks.stay_awake()
 
     def take(self, param: nn.Parameter) -> None:
         """Take the gradient in ``param.grad``, computed outside of autograd's backward but inside ours."""

@@ -38,8 +38,11 @@ class Hooks:
     ) -> None:
         self._gatherer, self._reducer, self._gradient_comes = gatherer, reducer, gradient_comes
         self._model = units[0].module
+        self._may_sleep = not any(unit.sharded for unit in units)
         self._handles: list[Handle] = [KeptInPlace(self._model)]
+        self._lanes = [lane for unit in units for parcel in unit.parcels for lane in parcel.lanes]
         self._landings: list[Callable[[torch.Tensor], None]] = []
+        self._asleep: list[bool] = []  # not empty: gradients come unnoticed
         self._takers: dict[nn.Parameter, Callable[[torch.Tensor], None]] = {}
         for number, unit in enumerate(units):
             if number > 0:
@@ -49,7 +52,27 @@ class Hooks:
                     for index, info in enumerate(lane.infos):
                         hook, self._takers[info.param] = self._landing_hooks(parcel, lane, index)
                         self._landings.append(hook)
-                        self._handles.append(info.param.register_post_accumulate_grad_hook(_weakly(hook)))
+                        self._handles.append(info.param.register_post_accumulate_grad_hook(_weakly(hook, self._asleep)))
+
+    def sleep(self) -> None:
+        """Before a backward whose gradients nobody looks at: let them come unnoticed, if they are added where they lie.
+        That is a call of Python less for every parameter.
+        """
+        if self._may_sleep and all(lane.resident for lane in self._lanes):
+            self._asleep.append(True)
+
+    def wake(self) -> None:
+        """After it: take notice again, and take what has come to other parameters."""
+        if self._asleep:
+            self.stay_awake()
+            for lane in self._lanes:
+                for index, info in enumerate(lane.infos):
+                    if info.param.grad is not None and not lane.resides(index, info.param.grad):
+                        self._takers[info.param](info.param)
+
+    def stay_awake(self) -> None:
+        """Take notice of gradients, whatever has become of the backward."""
+        self._asleep.clear()
 
     def take(self, param: nn.Parameter) -> None:
         """Take the gradient in ``param.grad``, which autograd has not put there; the parameter's unit is here."""
@@ -136,13 +159,16 @@ class Hooks:
         return landed, taken
 
 
-def _weakly(hook: Callable[[torch.Tensor], None]) -> Callable[[torch.Tensor], None]:
-    """Return a hook that does not keep ``hook`` alive: Python's garbage collector does not see what a parameter's hooks
-    hold, so a hook that leads back to its parameter would keep the whole model for ever.
+def _weakly(hook: Callable[[torch.Tensor], None], asleep: list[bool]) -> Callable[[torch.Tensor], None]:
+    """Return a hook that does nothing while ``asleep`` is not empty, and does not keep ``hook`` alive: Python's garbage
+    collector does not see what a parameter's hooks hold, so a hook that leads back to its parameter would keep the
+    whole model for ever.
     """
     held = weakref.ref(hook)
 
     def call(param: torch.Tensor) -> None:
+        if asleep:
+            return
         found = held()
         if found is not None:
             found(param)
