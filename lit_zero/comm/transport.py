@@ -28,9 +28,6 @@ has another.
 from __future__ import annotations
 
 import contextlib
-import math
-import pickle
-import struct
 import weakref
 from collections import defaultdict, deque
 from collections.abc import Hashable, Sequence
@@ -42,29 +39,14 @@ import torch
 import torch.distributed as dist
 from torch.utils._pytree import tree_map
 
+from lit_zero.comm.messages import START, Header, Headers, Message, Packed, within
 from lit_zero.core.errors import LitZeroError
 
 _LEAST_BYTES = 1 << 10  # of a frame
 _AHEAD_BYTES = 16 << 20  # of frames that are posted at a time, from one rank
 _AHEAD_LEAST = 2  # of them, however long
-_START = struct.Struct("<qqq")  # of a message: its length, that of its header, in bytes, and how many have come here
-_ALIGN_BYTES = 64
+_SPARE_BYTES = 16 << 20  # of memory that is kept for messages to one rank
 _END = timedelta(seconds=2)  # for a message to leave when this rank ends
-
-
-@dataclass
-class Message:
-    """What one rank sends to another.
-
-    Attributes:
-        key: what it is, equal on both ends.
-        tensors: any number, of any shape and dtype.
-        note: anything small that can be pickled.
-    """
-
-    key: Hashable
-    tensors: list[torch.Tensor]
-    note: Any = None
 
 
 @dataclass(frozen=True)
@@ -75,32 +57,11 @@ class _Place:
 
 
 @dataclass
-class _Header:
-    """What a message says of itself.
-
-    Attributes:
-        key: of the message.
-        note: of the message.
-        described: shape, dtype, whether it requires a gradient and whether it is on the host, for every tensor.
-        pickled: all that.
-        places: where the tensors begin in the message, ``None`` for those that go by themselves.
-        length: of the message, in bytes.
-    """
-
-    key: Hashable
-    note: Any
-    described: list[tuple[Any, ...]]
-    pickled: bytes
-
-    def __post_init__(self) -> None:
-        self.places, self.length = _places(len(self.pickled), self.described)
-
-
-@dataclass
 class _Flying:
     """A message that may not have left yet: its memory must stay."""
 
     works: list[dist.Work | None]
+    packed: Packed
     held: list[torch.Tensor]
 
 
@@ -121,11 +82,12 @@ class _Line:
         self.wanted: deque[Hashable] = deque()  # keys of the messages to be posted after those that are
         self.posted: deque[_Posted] = deque()
         self.posted_bytes = 0
+        self.spare: dict[Hashable, list[Packed]] = {}  # memory of messages that have left, by kind
+        self.spare_bytes = 0
         self.left, self.came = 0, 0  # messages that have left for good, and that have come
         self.sent_frames: dict[Hashable, int] = {}  # bytes, by key
         self.came_frames: dict[Hashable, int] = {}
-        self.sent_headers: dict[Hashable, _Header] = {}  # those that last
-        self.came_headers: dict[Hashable, _Header] = {}
+        self.sent_headers, self.came_headers = Headers(), Headers()
 
     @property
     def has_room(self) -> bool:
@@ -133,38 +95,31 @@ class _Line:
         length = self.came_frames.get(self.wanted[0], _LEAST_BYTES)
         return len(self.posted) < _AHEAD_LEAST or self.posted_bytes + length <= _AHEAD_BYTES
 
-    def header_of(self, message: Message) -> _Header:
-        """Return the header of a message that is about to be sent."""
-        tensors, last = message.tensors, self.sent_headers.get(message.key)
-        described = [(t.shape, t.dtype, t.requires_grad, t.is_cpu) for t in tensors]
-        lasts = _lasts(message.note)
-        if last is not None and lasts and last.described == described and last.note == message.note:
-            return last
-        pickled = pickle.dumps((message.key, message.note, described))
-        header = _Header(message.key, message.note, described, pickled)
-        if lasts:
-            self.sent_headers[message.key] = header
-        return header
-
-    def header_in(self, pickled: bytes, key: Hashable) -> _Header:
-        """Return the header of a message that has come when ``key`` was expected."""
-        last = self.came_headers.get(key)
-        if last is not None and last.pickled == pickled:
-            return last
-        said, note, described = pickle.loads(pickled)
-        header = _Header(said, note, described, pickled)
-        if _lasts(header.note):
-            self.came_headers[key] = header
-        return header
-
     def land(self, number: int, *patience: timedelta) -> None:
         """Let go of messages, up to the given number since the start; waits where they have not left."""
         while self.left < number and self.flying:
             for work in self.flying[0].works:
                 if work is not None:
                     work.wait(*patience)
-            self.flying.popleft()
+            self._spare(self.flying.popleft().packed)
             self.left += 1
+
+    def packed(self, header: Header, length: int) -> Packed:
+        """Return memory for a message that is going to be sent."""
+        spare = self.spare.get((header.layout, length))
+        if not spare:
+            return Packed(header, length)
+        self.spare_bytes -= length
+        return spare.pop()
+
+    def _spare(self, gone: Packed) -> None:
+        length = gone.memory.numel()
+        if self.spare_bytes + length > _SPARE_BYTES:  # mostly of messages that are not sent any more
+            self.spare.clear()
+            self.spare_bytes = 0
+        if length <= _SPARE_BYTES:
+            self.spare.setdefault(gone.kind, []).append(gone)
+            self.spare_bytes += length
 
 
 class Transport:
@@ -211,29 +166,27 @@ class Transport:
             counted: among the bytes that were sent.
         """
         line, tensors = self._lines[to], [tensor.detach() for tensor in message.tensors]
-        header = line.header_of(message)
-        places, length = header.places, header.length
-        frame = line.sent_frames.get(message.key, _LEAST_BYTES)
+        header = line.sent_headers.of(message)
+        length, frame = header.length, line.sent_frames.get(message.key, _LEAST_BYTES)
         line.sent_frames[message.key] = max(length, _LEAST_BYTES)
-        packed = torch.empty(max(length, frame), dtype=torch.uint8, device="cpu")
-        content: Any = packed.numpy()
-        start = _START.pack(length, len(header.pickled), line.came) + header.pickled
-        memoryview(content)[: len(start)] = start
-        works: list[dist.Work | None] = []
-        held = [packed]
-        for tensor, place in zip(tensors, places, strict=True):
-            if place is not None and tensor.numel():
-                _within(content, place, tensor.shape, tensor.dtype).copy_(tensor)
-        for tag, part in enumerate((packed[:frame], packed[frame:])):
-            if part.numel():
-                works.append(self._frames.send([part], to, tag))  # what dist.isend checks first takes as long as this
-        for tensor, place in zip(tensors, places, strict=True):
+        packed = line.packed(header, max(length, frame))
+        start = START.pack(length, len(header.pickled), line.came) + header.pickled
+        packed.content[: len(start)] = start
+        for tensor, room in zip(tensors, packed.tensors, strict=True):
+            if room is not None:
+                room.copy_(tensor)
+        memory = packed.memory
+        parts = [memory] if frame == memory.numel() else [memory[:frame], memory[frame:]]
+        # What dist.isend checks first takes as long as this.
+        works: list[dist.Work | None] = [self._frames.send([part], to, tag) for tag, part in enumerate(parts)]
+        held: list[torch.Tensor] = []
+        for tensor, place in zip(tensors, header.places, strict=True):
             if place is None and tensor.numel():
                 held.append(_bytes(tensor.resolve_conj().resolve_neg().contiguous()))  # NCCL knows few dtypes
                 works.append(dist.isend(held[-1], group=self._groups[to < self.position], group_dst=to))
         if counted:
             self.sent_bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        line.flying.append(_Flying(works, held))
+        line.flying.append(_Flying(works, packed, held))
 
     def post(self, key: Hashable, source: int) -> None:
         """Get ready to receive the message ``key`` from the rank at position ``source``, after those posted before. As
@@ -279,21 +232,21 @@ class Transport:
             if posted.work is not None:
                 posted.work.wait()
             content: Any = packed.numpy()
-            length, size, received = _START.unpack_from(content)
+            length, size, received = START.unpack_from(content)
             if length > packed.numel():
                 whole = torch.empty(length, dtype=torch.uint8, device="cpu")
                 whole[: packed.numel()] = packed
                 self._arrive(whole[packed.numel() :], self._frames, source, tag=1)
                 packed = whole
             content = packed.numpy()
-            header = line.header_in(content[_START.size : _START.size + size].tobytes(), posted.key)
+            header = line.came_headers.read(content[START.size : START.size + size].tobytes(), posted.key)
             line.came += 1
             line.came_frames[header.key] = max(length, _LEAST_BYTES)
             line.land(received)
             tensors = []
             for (shape, dtype, requires_grad, _), place in zip(header.described, header.places, strict=True):
                 if place is not None:
-                    tensor = _within(content, place, shape, dtype)
+                    tensor = within(content, place, shape, dtype)
                 else:
                     tensor = torch.empty(shape, dtype=dtype, device=self.device)
                     if tensor.numel():
@@ -366,35 +319,5 @@ def _see_off(lines: dict[int, _Line]) -> None:
             line.land(line.left + len(line.flying), _END)
 
 
-def _lasts(note: Any) -> bool:
-    """Return whether other messages may have a note too: nobody can write to it, and it is compared in no time."""
-    return note is None or (type(note) is tuple and all(type(each) is bool for each in note))
-
-
-def _places(header: int, described: Sequence[tuple[Any, ...]]) -> tuple[list[int | None], int]:
-    """Return where the tensors of a message begin in it, ``None`` for those that go by themselves, and its length.
-
-    Args:
-        header: its bytes.
-        described: shape, dtype, whether it requires a gradient and whether it is on the host, for every tensor.
-    """
-    places: list[int | None] = []
-    end = _START.size + header
-    for shape, dtype, _, on_host in described:
-        if on_host:
-            end = -(-end // _ALIGN_BYTES) * _ALIGN_BYTES
-        places.append(end if on_host else None)
-        end += math.prod(shape) * dtype.itemsize if on_host else 0
-    return places, end
-
-
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(-1).view(torch.uint8)
-
-
-def _within(content: Any, place: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """Return the tensor that begins at byte ``place``; it is no view of another one, and counts its own versions."""
-    count = math.prod(shape)
-    if not count:
-        return torch.empty(shape, dtype=dtype, device="cpu")
-    return torch.frombuffer(content, dtype=dtype, count=count, offset=place).view(shape)

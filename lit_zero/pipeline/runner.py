@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from lit_zero.comm.graph_cut import stage_backward_input, stage_backward_weight
-from lit_zero.comm.transport import Message as Parcel
+from lit_zero.comm.messages import Message as Parcel
 from lit_zero.comm.transport import Transport
 from lit_zero.pipeline.actions import (
     BACKWARD,

@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lit_zero.comm.transport import Message, Transport
+from lit_zero.comm.messages import Message
+from lit_zero.comm.transport import Transport
 from lit_zero.core.errors import LitZeroError
 from tests.pool import RankFailure
 
