@@ -227,3 +227,33 @@ def test_a_message_that_does_not_come_is_an_error(ranks: Any) -> None:
     with pytest.raises(RankFailure) as failure:
         ranks(2).run(nobody_sends, timeout=30)
     assert failure.value.rank == 1 and "imed out" in str(failure.value)
+
+
+def window() -> tuple[list[int], int]:
+    """Rank 0 sends many long messages, in two turns; rank 1 asks for all of a turn before it waits for the first."""
+    rank, number, length = dist.get_rank(), 8, 1 << 20
+    transport = Transport([[0, 1]], CPU, SOON)
+    line, posted, memory = transport._lines[1 - rank], [], set()
+    for turn in range(2):
+        for key in range(number):
+            if rank == 0:
+                with torch.inference_mode(key % 2 == 1):  # what one has left behind serves the other
+                    transport.send(Message(key, [torch.full((length,), float(turn + key))]), 1)
+                memory.add(line.flying[-1].packed.memory.data_ptr())
+            else:
+                transport.post(key, 0)
+        for key in range(number if rank else 0):
+            [tensor] = transport.wait(key).tensors
+            assert bool((tensor == turn + key).all())
+            posted.append(len(line.posted))
+        transport.flush()
+    spare = line.spare_bytes
+    assert rank or 0 < spare <= 16 << 20
+    return posted, len(memory)
+
+
+def test_no_more_is_posted_and_kept_than_has_room(ranks: Any) -> None:
+    (_, memory), (posted, _) = ranks(2).run(window)
+    assert posted[:8] == [7, 6, 5, 4, 3, 2, 1, 0], "how long messages are is not known yet"
+    assert max(posted[8:]) == 3, "16 MiB of frames, one of which has just come"
+    assert memory < 16, "memory of messages that have come is used again"

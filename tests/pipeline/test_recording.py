@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from functools import partial
 
 import lightning.pytorch as pl
 import numpy as np
@@ -322,6 +323,33 @@ def test_steps_that_change_are_refused():
         end = divided.plan.stages[0].end
         x = torch.zeros(4, 6, DIM)
         first.run(0, lambda: [*(layer(x) for layer in stack[:end]), stack[end](x=x)])
+
+
+def test_a_stage_waits_for_what_it_receives_no_sooner_than_at_its_first_block():
+    torch.manual_seed(0)
+    tokens = batches()[0]
+    divided = divide(Deep(), on_tokens, tokens, 2)
+    last, seen = divided.splits[1], []
+
+    def receive():
+        seen.append("received")
+        return [torch.zeros(4, 6, DIM, requires_grad=True)]
+
+    def step():
+        seen.append("begun")
+        out = on_tokens(last.model, tokens)
+        seen.append("ended")
+        return out
+
+    last.run(1, step, receive, lambda: seen.append("entered"))
+    assert seen == ["begun", "received", "entered", "ended"]
+    with pytest.raises(OSError, match="gone"):
+        last.run(1, step, partial(_raise, OSError("gone")))
+    assert not last.running
+
+
+def _raise(error):
+    raise error
 
 
 def test_an_error_of_the_user_comes_through():

@@ -152,6 +152,48 @@ def test_unseen_gradients_stay_with_parameters_until_the_last_backward():
         torch.testing.assert_close(mine, other)
 
 
+def landings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many gradients of each backward are taken notice of: three that nobody sees, and one that reduces."""
+    model = GPT(layers=2)
+    engine = Engine(model, [], zero=Zero("none"), exchange=open_exchange(Comm(), torch.device("cpu")))
+    noticed, taken, land = [], [0], engine._reducer.land
+
+    def count(*args: Any) -> bool:
+        taken[0] += 1
+        return land(*args)
+
+    monkeypatch.setattr(engine._reducer, "land", count)
+    for number in range(4):
+        taken[0] = 0
+        with engine.no_reduce(unseen=True) if number < 3 else contextlib.nullcontext():
+            engine.begin_backward(continues=number > 0)
+            model.loss(tokens(number)).backward()
+            engine.end_backward()
+        noticed.append(taken[0])
+    engine.detach()
+    return noticed
+
+
+def test_gradients_that_are_added_where_they_lie_come_unnoticed(monkeypatch):
+    every = len(list(GPT(layers=2).parameters()))
+    assert landings(monkeypatch) == [every, 0, 0, every]
+
+
+def test_a_backward_that_fails_leaves_no_hook_asleep():
+    model = GPT(layers=2)
+    engine = Engine(model, [], zero=Zero("none"), exchange=open_exchange(Comm(), torch.device("cpu")))
+    for number in range(2):
+        with contextlib.suppress(OSError), engine.no_reduce(unseen=True):
+            engine.begin_backward(continues=number > 0)
+            model.loss(tokens(number)).backward()
+            assert bool(engine._hooks._asleep) == (number == 1)
+            if number == 1:
+                raise OSError("gone")
+            engine.end_backward()
+    assert not engine._hooks._asleep
+    engine.detach()
+
+
 def residents(dtype: torch.dtype, gradient_dtype: str) -> tuple[int, int, bool]:
     """How many gradients stay with parameters between two unseen backwards; whether any does after the end."""
     model = GPT(layers=2).to(dtype)
