@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
-START = struct.Struct("<qqq")  # of a message: its length, that of its header, in bytes, and how many have come back
+START = struct.Struct(
+    "<qqq"
+)  # of a message: its length, that of its header, in bytes, and how many have come from there
 _ALIGN_BYTES = 64
 
 

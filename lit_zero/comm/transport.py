@@ -195,6 +195,13 @@ class Transport:
         self._lines[source].wanted.append(key)
         self._sources[key] = source
 
+    def forget(self) -> None:
+        """Let go of what is wanted and not posted yet: the step that wanted it has failed."""
+        for line in self._lines.values():
+            for key in line.wanted:
+                del self._sources[key]
+            line.wanted.clear()
+
     def _post_wanted(self) -> None:
         for source, line in self._lines.items():
             while line.wanted and line.has_room:

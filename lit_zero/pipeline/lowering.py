@@ -15,6 +15,10 @@ of receives from a rank is taken from that rank's order of sends, and where they
 earlier message is posted earlier. And NCCL runs what shares a communicator one after the other: a receive that is
 posted ahead would hold up every send behind it. So each direction between two ranks needs a communicator of its own;
 then no step but a wait ever blocks. gloo matches by tag and needs neither.
+
+What is proven complete and free of deadlock may be done earlier or later where that blocks nobody: ``runner`` asks for
+all messages of a step at its beginning, in this order, ``transport`` posts as many as have room, and an activation is
+waited for inside the action that needs it.
 """
 
 from __future__ import annotations

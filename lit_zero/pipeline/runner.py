@@ -49,10 +49,8 @@ class Work(Protocol):
     def forward(self, number: int, micro_batch: int) -> Any:
         """Run the user's step on a micro-batch, as stage ``number``; return what it has returned."""
 
-    def loss(self, micro_batch: int, result: Any) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-        """Return what the backward of a micro-batch starts from and the gradient there, by default one; ``None`` for
-        nothing.
-        """
+    def loss(self, micro_batch: int, result: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return what the backward of a micro-batch starts from and the gradient there; ``None`` for nothing."""
 
     def backward(self, last: bool, run: Callable[[], None]) -> None:
         """Run something that makes gradients of parameters; ``last``: nothing of this step makes any after it."""
@@ -74,10 +72,9 @@ class Work(Protocol):
 class _Visit:
     """A micro-batch on a stage, from its forward to its backward."""
 
-    received: list[torch.Tensor] = field(default_factory=list)
-    note: Any = None  # that has come with them
+    received: list[torch.Tensor]
     outputs: list[torch.Tensor] = field(default_factory=list)
-    starts: list[torch.Tensor | None] = field(default_factory=list)  # on the last stage: the gradients of the outputs
+    starts: list[torch.Tensor] = field(default_factory=list)  # on the last stage: the gradients of the outputs
     branches: list[dict[str, Any]] = field(default_factory=list)  # of the graph, after ``I``
 
 
@@ -95,7 +92,9 @@ class Runner:
         self, split: Split, transport: Transport, parameters: dict[int, list[nn.Parameter]], stages: int
     ) -> None:
         self._split, self._transport, self._held, self._stages = split, transport, parameters, stages
-        self.timeline: list[tuple[Compute, float, float]] | None = None  # set it to a list to have actions timed
+        # Set it to a list to have actions timed. An action begins later by the time that it has waited for its input,
+        # so that lengths are times of work; what ran before the wait seems to run after it.
+        self.timeline: list[tuple[Compute, float, float]] | None = None
 
     def run(self, steps: Sequence[Step], work: Work, afterwards: Sequence[tuple[Hashable, int]] = ()) -> dict[int, Any]:
         """Run all steps.
@@ -112,16 +111,27 @@ class Runner:
         self._visits: dict[tuple[int, int], _Visit] = {}
         self._here: dict[Message, Parcel] = {}
         self._results: dict[int, Any] = {}
-        training = any(isinstance(step, Compute) and step.kind != FORWARD for step in steps)
-        closing = max(
-            (n for n, step in enumerate(steps) if isinstance(step, Compute) and step.kind in (BACKWARD, WEIGHTS)),
-            default=-1,
-        )
         for step in steps:  # the transport knows best how many receives it posts ahead
             if isinstance(step, Transfer) and step.verb == POST:
                 self._transport.post(step.message, step.peer)
         for key, source in afterwards:
             self._transport.post(key, source)
+        try:
+            self._run(steps)
+            work.finish()
+            return self._results
+        except BaseException:
+            self._transport.forget()
+            raise
+        finally:
+            del self._work, self._visits, self._here, self._results  # graphs and the user's objects go with the step
+
+    def _run(self, steps: Sequence[Step]) -> None:
+        training = any(isinstance(step, Compute) and step.kind != FORWARD for step in steps)
+        closing = max(
+            (n for n, step in enumerate(steps) if isinstance(step, Compute) and step.kind in (BACKWARD, WEIGHTS)),
+            default=-1,
+        )
         for number, step in enumerate(steps):
             if isinstance(step, Transfer):
                 self._transfer(step)
@@ -136,10 +146,6 @@ class Runner:
             if self.timeline is not None:
                 self.timeline.append((step, start + self._waited, time.perf_counter()))
         self._transport.flush()
-        work.finish()
-        results = self._results
-        del self._work, self._visits, self._here, self._results  # graphs and the user's objects go with the step
-        return results
 
     def _parameters(self, stage: int) -> list[nn.Parameter]:
         """Return a stage's parameters that want a gradient now; they may thaw in the course of a run."""
@@ -170,20 +176,24 @@ class Runner:
     # ---- actions
 
     def _forward(self, action: Compute, training: bool) -> None:
-        work, visit, message = self._work, _Visit(), taken(action, self._stages)
+        work, message = self._work, taken(action, self._stages)
+        # No more than this is kept by stand-ins, for a checkpoint: they may be in the graph, which must not keep
+        # itself.
+        came: list[Parcel] = []
+        received: list[torch.Tensor] = []
 
         def receive() -> list[torch.Tensor]:
             if message is not None:
-                came = self._arrived(message)
+                came.append(self._arrived(message))
                 # Leaves of their own: between stages of one rank nothing is copied, and the graph must end here too.
-                visit.received = [t.detach().requires_grad_(t.requires_grad and training) for t in came.tensors]
-                visit.note = came.note
-            return visit.received
+                received.extend(t.detach().requires_grad_(t.requires_grad and training) for t in came[0].tensors)
+            return received
 
         def enter() -> None:
-            work.set_random_state(action.micro_batch, visit.note)
+            work.set_random_state(action.micro_batch, came[0].note if came else None)
 
         ended = self._split.run(action.stage, lambda: work.forward(action.stage, action.micro_batch), receive, enter)
+        visit = _Visit(received)
         if isinstance(ended, Finished):
             self._results[action.micro_batch] = ended.result
             loss = work.loss(action.micro_batch, ended.result) if training else None

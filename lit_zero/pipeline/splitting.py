@@ -76,6 +76,7 @@ class _Visit:
     ) -> None:
         self.piece, self.receive, self.on_entry = piece, receive, on_entry
         self.received: Sequence[torch.Tensor] | None = None  # before the first block has been reached
+        self.failure: BaseException | None = None  # of the receive
         self.ghosts = set(piece.ghosts)
         self.next = piece.first  # number of the block that must run next
 
@@ -193,6 +194,8 @@ class Split:
             return Crossing(exit.tensors)
         finally:
             self._visit = None
+            if visit.failure is not None:
+                raise visit.failure  # the user's code may have caught it
         if piece.sends:
             raise UnsupportedError(
                 f"The step ended on stage {number} without reaching block {self.recording.blocks[piece.end].name!r}, "
@@ -272,7 +275,11 @@ class Split:
 
     def _arrived(self, visit: _Visit) -> Sequence[torch.Tensor]:
         if visit.received is None:
-            visit.received, piece = visit.receive(), visit.piece
+            try:
+                visit.received, piece = visit.receive(), visit.piece
+            except BaseException as failure:
+                visit.failure = failure
+                raise
             if len(visit.received) != len(piece.receives):
                 raise ConfigError(
                     f"Stage {piece.number} was given {len(visit.received)} tensors, but it begins with "

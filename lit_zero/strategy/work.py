@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lit_zero.core.errors import UnsupportedError
 from lit_zero.core.randomness import drawn_since, random_marks, random_states, seed_everything, set_random_states
 from lit_zero.pipeline.micro_batches import MicroBatches, mean, together
 from lit_zero.strategy.logged import Logged, Told, to_device
@@ -79,16 +80,25 @@ class Work:
     def _log_by(self, log: Callable[..., None]) -> None:
         vars(self._module)["log"] = log  # as module.log = log, which first looks whether it is a parameter or a module
 
-    def loss(self, micro_batch: int, result: Any) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-        """Return a micro-batch's loss, scaled as the precision wants it, and as its gradient its share of the whole."""
+    def loss(self, micro_batch: int, result: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return a micro-batch's loss, scaled as the precision wants it, and as its gradient its share of the whole.
+
+        Raises:
+            UnsupportedError: for a loss that is not one real number.
+        """
         loss = _loss(result)
         if loss is None:
             return None
+        if loss.requires_grad and (loss.numel() != 1 or loss.is_complex()):
+            raise UnsupportedError(
+                f"training_step returned a loss of shape {list(loss.shape)} and {loss.dtype}, but a backward starts "
+                "from one real number. Return the mean over the rows."
+            )
         scaler = getattr(self._plugin, "scaler", None)
         if scaler is not None:
             loss = scaler.scale(loss)
         share = self._micro.weights[micro_batch] / self._accumulate
-        return loss, torch.full_like(loss, share) if loss.numel() == 1 else None  # else torch refuses it
+        return loss, torch.full_like(loss, share)
 
     def backward(self, last: bool, run: Callable[[], None]) -> None:
         """Run a part of the backward; the last one begins to reduce the gradients."""

@@ -252,6 +252,22 @@ def window() -> tuple[list[int], int]:
     return posted, len(memory)
 
 
+def forgotten() -> None:
+    """What is asked for and not waited for is forgotten, and nothing stands in the way of what comes next."""
+    rank = dist.get_rank()
+    transport = Transport([[0, 1]], CPU, SOON)
+    if rank:
+        for key in range(3):
+            transport.post(key, 0)
+        transport.forget()
+    assert transport.share(["batch"] if rank == 0 else None, 0) == ["batch"]
+    transport.flush()
+
+
+def test_what_is_not_waited_for_is_forgotten(ranks: Any) -> None:
+    ranks(2).run(forgotten)
+
+
 def test_no_more_is_posted_and_kept_than_has_room(ranks: Any) -> None:
     (_, memory), (posted, _) = ranks(2).run(window)
     assert posted[:8] == [7, 6, 5, 4, 3, 2, 1, 0], "how long messages are is not known yet"

@@ -17,7 +17,9 @@ from torch.utils.checkpoint import checkpoint
 from torchmetrics.classification import MulticlassAccuracy
 
 from lit_zero import ZeroStrategy
+from lit_zero.core.errors import UnsupportedError
 from lit_zero.pipeline.micro_batches import together
+from lit_zero.strategy.work import Work
 from tests.pipeline.reference import DropBlock, Random
 from tests.pipeline.test_training import SCHEDULES, equal, piped
 from tests.pool import RankFailure
@@ -344,3 +346,12 @@ def test_a_step_that_fails_on_one_rank_ends_all(ranks: Any, tmp_path: Path, lr: 
     with pytest.raises(RankFailure, match=words) as failure:
         ranks(2).run(train, fit, tmp_path, timeout=60)
     assert failure.value.rank == 1
+
+
+@pytest.mark.parametrize(
+    "loss", [torch.zeros(2, requires_grad=True), torch.zeros((), dtype=torch.cfloat).requires_grad_()]
+)
+def test_a_loss_that_is_not_one_real_number_is_refused(loss):
+    work = object.__new__(Work)
+    with pytest.raises(UnsupportedError, match="loss of shape .* but a backward starts from one real number"):
+        work.loss(0, {"loss": loss})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import random
 from functools import partial
@@ -345,6 +346,13 @@ def test_a_stage_waits_for_what_it_receives_no_sooner_than_at_its_first_block():
     assert seen == ["begun", "received", "entered", "ended"]
     with pytest.raises(OSError, match="gone"):
         last.run(1, step, partial(_raise, OSError("gone")))
+
+    def careless():
+        with contextlib.suppress(OSError):  # such as one that leaves a batch out
+            return on_tokens(last.model, tokens)
+
+    with pytest.raises(OSError, match="gone"):
+        last.run(1, careless, partial(_raise, OSError("gone")))
     assert not last.running
 
 
