@@ -97,7 +97,7 @@ def take_slices(turns: Sequence[Any], seconds: float, timeout: float, worker: Pa
 
     Args:
         turns: what to run, see :func:`take_turn`.
-        seconds: of a slice; some ten steps.
+        seconds: of a slice; at least some steps.
         timeout: seconds of all slices of a turn, after which it is given up.
         worker: the program that each rank runs.
 
