@@ -61,25 +61,23 @@ class Packed:
 
     Args:
         header: of the message.
-        length: of the memory, in bytes; the message may be shorter.
+        memory: the bytes; the message may be shorter.
 
     Attributes:
-        memory: the bytes.
+        memory: the same.
         kind: equal for memory in which the same messages fit.
         content: the same, to write to.
         tensors: the places of the message's tensors, ``None`` for those that go by themselves or are empty.
     """
 
-    def __init__(self, header: Header, length: int) -> None:
-        self.kind = header.layout, length
-        with torch.inference_mode(False):  # the memory serves other messages too
-            self.memory = torch.empty(length, dtype=torch.uint8, device="cpu")
-            content: Any = self.memory.numpy()
-            self.content = memoryview(content)
-            self.tensors = [
-                None if place is None or not math.prod(shape) else within(content, place, shape, dtype)
-                for (shape, dtype, *_), place in zip(header.described, header.places, strict=True)
-            ]
+    def __init__(self, header: Header, memory: torch.Tensor) -> None:
+        self.kind, self.memory = (header.layout, memory.numel()), memory
+        content: Any = memory.numpy()
+        self.content = memoryview(content)
+        self.tensors = [
+            None if place is None or not math.prod(shape) else within(content, place, shape, dtype)
+            for (shape, dtype, *_), place in zip(header.described, header.places, strict=True)
+        ]
 
 
 class Headers:

@@ -83,11 +83,15 @@ def _tensor(memory: mmap.mmap, offset: int, size: int) -> torch.Tensor:
 class Arena:
     """This rank's memory that others may read.
 
+    Args:
+        room: bytes of the first segment; those after it are larger.
+
     Raises:
         OSError: if the system has no such memory.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, room: int = _SEGMENT_BYTES) -> None:
+        self._room = room
         self._descriptors: list[int] = []
         self._finalizer = weakref.finalize(self, _close, self._descriptors)
         header = self._new_file(_ALIGN)
@@ -104,7 +108,7 @@ class Arena:
         Raises:
             OSError: if there is no memory left.
         """
-        padded = max(-(-size // _ALIGN), 1) * _ALIGN
+        padded = _padded(size)
         free = self._free.get(padded)
         place = free.pop() if free else self._extend(padded)
         return _tensor(self._segments[place.segment].memory, place.offset, size)
@@ -113,7 +117,7 @@ class Arena:
         """Return the pages of what :meth:`allocate` gave to the system. Nobody may read them any more."""
         place = self.locate(buffer)
         assert place is not None
-        padded = max(-(-buffer.numel() // _ALIGN), 1) * _ALIGN
+        padded = _padded(buffer.numel())
         self._segments[place.segment].memory.madvise(mmap.MADV_REMOVE, place.offset, padded)
         self._free.setdefault(padded, []).append(place)
 
@@ -132,7 +136,7 @@ class Arena:
     def _extend(self, size: int) -> Place:
         if not self._segments or self._used + size > self._segments[-1].size:
             total = sum(segment.size for segment in self._segments)
-            room = max(_SEGMENT_BYTES, total, size)
+            room = max(self._room, total, size)
             self._segments.append(_Segment(self._new_file(room), room))
             self._used = 0
             self._publish()
@@ -178,10 +182,20 @@ class Neighbour:
             self._segments.append(self._map(descriptor, size))
         return _tensor(self._segments[place.segment], place.offset, numel * dtype.itemsize).view(dtype)
 
+    def open(self, descriptor: int, flags: int) -> int:
+        """Open another file of that process, and return this process's descriptor of it.
+
+        Raises:
+            OSError: if it cannot be opened.
+        """
+        return os.open(f"/proc/{self._process}/fd/{descriptor}", flags)
+
     def _map(self, descriptor: int, size: int) -> mmap.mmap:
-        opened = os.open(f"/proc/{self._process}/fd/{descriptor}", os.O_RDWR)
+        opened = self.open(descriptor, os.O_RDWR)
         try:
             return mmap.mmap(opened, size)
+        except ValueError as error:  # a file of another process that is shorter
+            raise OSError(str(error)) from None
         finally:
             os.close(opened)
 
@@ -191,9 +205,20 @@ def make_arena() -> Arena | None:
     if not hasattr(os, "memfd_create") or not hasattr(mmap, "MADV_REMOVE"):
         return None
     try:
-        return Arena()
+        arena = Arena()
+        arena.give_back(arena.allocate(1))
+        return arena
     except OSError:
         return None
+
+
+def _padded(size: int) -> int:
+    """Return the bytes that are set apart for ``size``: whole pages, and few different numbers, since what is given
+    back serves an allocation of the same number again.
+    """
+    pages = max(-(-size // _ALIGN), 1)
+    step = 1 << max(pages.bit_length() - 4, 0)  # at most an eighth is left over
+    return -(-pages // step) * step * _ALIGN
 
 
 def _close(descriptors: list[int]) -> None:

@@ -23,6 +23,10 @@ class CheckpointError(LitZeroError, RuntimeError):
     """A checkpoint is missing, damaged, of another model, or from a newer format."""
 
 
+class LostRankError(LitZeroError, RuntimeError):
+    """Another rank has ended, or sends nothing: mostly what follows from an error of its own."""
+
+
 def did_you_mean(name: object, choices: Iterable[str]) -> str:
     """Return a sentence naming the choices, led by the nearest one when there is a near one.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from lit_zero.core.errors import LitZeroError
+from lit_zero.core.errors import LitZeroError, LostRankError
 
 
 def kind_of(error: BaseException) -> str:
@@ -15,14 +15,15 @@ def kind_of(error: BaseException) -> str:
 def same_kind(kind: str, error: Exception) -> bool:
     """Return whether an error of another rank is one that this rank has come to by itself.
 
-    Messages may differ in numbers, such as that of the rank. An error that lit_zero raises on purpose never follows
-    from a lost connection, so there the type is enough.
+    Messages may differ in numbers, such as that of the rank. An error that lit_zero raises on purpose does not follow
+    from a lost connection, unless it says so; there the type is enough.
 
     Args:
         kind: ``kind_of`` the other rank's error.
         error: this rank's.
     """
     own = kind_of(error)
-    if isinstance(error, LitZeroError) and kind.partition(":")[0] == own.partition(":")[0]:
+    purpose = isinstance(error, LitZeroError) and not isinstance(error, LostRankError)
+    if purpose and kind.partition(":")[0] == own.partition(":")[0]:
         return True
     return re.sub(r"\d+", "#", kind) == re.sub(r"\d+", "#", own)

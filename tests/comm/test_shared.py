@@ -46,11 +46,10 @@ def test_a_neighbour_sees_what_is_written():
 
 
 def test_the_arena_grows_and_neighbours_follow():
-    with mock.patch.object(shared, "_SEGMENT_BYTES", 1 << 14):
-        arena = Arena()
-        neighbour = Neighbour(arena.address)
-        blocks = [arena.allocate(1 << 13) for _ in range(9)]
-        big = arena.allocate(1 << 20)
+    arena = Arena(1 << 14)
+    neighbour = Neighbour(arena.address)
+    blocks = [arena.allocate(1 << 13) for _ in range(9)]
+    big = arena.allocate(1 << 20)
     places = [arena.locate(block) for block in (*blocks, big)]
     assert len({place.segment for place in places}) > 3
     for number, (block, place) in enumerate(zip((*blocks, big), places, strict=True)):
