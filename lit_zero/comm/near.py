@@ -65,12 +65,11 @@ class NearLine(Line):
         self._records: deque[tuple[int, int, int]] = deque()  # that were read, of messages that were not
         os.set_blocking(ends.read, False)
         os.set_blocking(ends.write, False)
-        self._told, self._untold_bytes = 0, 0  # messages that have come, as the other rank knows; and of those since
+        self._told = 0  # messages that have come, as the other rank knows
+        self._untold_bytes = 0  # of those that have come since
         self._flying_bytes = 0
-        self._mapped, self._seen = (
-            0,
-            0,
-        )  # last segments: of ours that the other rank has mapped, and of its that we have
+        self._mapped = 0  # this rank's last segment that the other one has mapped
+        self._seen = 0  # the other rank's last segment that this one has mapped
         weakref.finalize(self, _close, ends)
 
     def flush(self, patience: timedelta | None = None) -> None:
