@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from lit_zero.comm.messages import Message
+from lit_zero.pipeline.actions import BACKWARD, FORWARD, Compute
 from lit_zero.pipeline.balance import balance
 from lit_zero.pipeline.plan import plan_split
 from lit_zero.pipeline.recording import record
+from lit_zero.pipeline.runner import Runner
 from lit_zero.pipeline.splitting import Split
 from tests.pipeline import models
 from tests.pipeline.harness import Stages, check, compare, divide, gradients, run
@@ -107,6 +113,26 @@ def test_two_micro_batches_in_flight():
         torch.manual_seed(1)
         on_tokens(model, tokens).backward()
     compare(gradients(stages), model, stages.plan)
+
+
+def test_a_step_that_fails_before_its_backward_keeps_nothing():
+    """A checkpoint keeps stand-ins in the graph; what these know of their visit must not lead back to the graph."""
+    torch.manual_seed(0)
+    divided = divide(Checkpointed(), on_tokens, batches()[0], 4)
+    split, forward = divided.splits[1], Compute(FORWARD, 1, 0)
+    came = Message("activation", [torch.zeros(4, 6, models.DIM, requires_grad=True)])
+    transport, work = mock.Mock(), mock.Mock()
+    transport.wait.side_effect = [came]
+    work.forward.side_effect = lambda *_: on_tokens(split.model, batches()[0])
+    work.random_state.side_effect = OSError  # a class: an error would keep its frames
+    with pytest.raises(OSError):
+        Runner(split, transport, {1: []}, 4).run([forward, forward._replace(kind=BACKWARD)], work)
+    assert work.set_random_state.called, "it has run the stage's blocks"
+    alive = weakref.ref(came)
+    transport.wait.side_effect = None
+    del came
+    gc.collect()
+    assert alive() is None
 
 
 @pytest.mark.parametrize("in_place", [True, False])
