@@ -53,18 +53,25 @@ def sample_step(trainer: Any, prepare: Callable[[Any], Any]) -> Callable[[], Any
     batch = trainer.precision_plugin.convert_input(batch)
     batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
     batch = prepare(strategy.batch_to_device(batch, dataloader_idx=0))
-    wanted = inspect.signature(getattr(module, name)).parameters
-    further = {
-        key: 0 for key in ("batch_idx", "dataloader_idx") if key in wanted and wanted[key].default is wanted[key].empty
-    }
+    further = _numbers(getattr(module, name), in_turn and len(tree_leaves(loaders)) > 1)
     context = {"training_step": "train", "validation_step": "val", "test_step": "test", "predict_step": "predict"}[name]
 
     def call() -> Any:
         module.train(name == "training_step")
         with getattr(trainer.precision_plugin, f"{context}_step_context")():
-            return getattr(module, name)(batch, **further)
+            return getattr(module, name)(batch, *further)
 
     return call
+
+
+def _numbers(step: Callable[..., Any], several: bool) -> list[int]:
+    """Return what a step is given beside the batch, as Lightning does: its number, whatever that is called, if there is
+    a place for it, and that of its loader if there are several.
+    """
+    kinds = [parameter.kind for parameter in inspect.signature(step).parameters.values()]
+    places = sum(kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD) for kind in kinds)
+    numbered = places > 1 or inspect.Parameter.VAR_POSITIONAL in kinds
+    return [0] * (numbered + several)
 
 
 def _first(loader: Any) -> Any:

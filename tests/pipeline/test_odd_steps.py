@@ -118,16 +118,20 @@ def test_split_backwards_reach_every_weight(ranks: Any, tmp_path: Path, name: st
 
 
 class Calling(LitGPT):
-    """Calls itself, as most modules do."""
+    """Calls itself, as most modules do; its steps name their arguments as they like."""
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         return self.model(tokens)
 
-    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> dict[str, Any]:
+    def training_step(self, batch: list[torch.Tensor], _: int) -> dict[str, Any]:
         logits = self(batch[0][:, :-1])
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), batch[0][:, 1:].flatten())
         self.log("train_loss", loss, on_step=True, on_epoch=True, sync_dist=True)
         return {"loss": loss}
+
+    def validation_step(self, *given: Any) -> None:
+        batch, number = given
+        super().validation_step(batch, number)
 
 
 def validate_then_fit(fit: Fit, folder: Path) -> Any:
