@@ -88,8 +88,8 @@ class Line:
             for work in self.flying[0].works:
                 if work is not None:
                     work.wait() if patience is None else work.wait(patience)
+            self._left += 1  # first: interrupted in between, one too many counts
             self._keep(self.flying.popleft().packed)
-            self._left += 1
 
     def flush(self, patience: timedelta | None = None) -> None:
         """Return when everything that was sent arrives though this process ends."""
@@ -110,10 +110,10 @@ class Line:
             self._give_back(packed)
             return
         if self.spare_bytes + length > _SPARE_BYTES:  # mostly of messages that are not sent any more
-            for old in [old for kind in self._spare.values() for old in kind]:
-                self._give_back(old)
-            self._spare.clear()
-            self.spare_bytes = 0
+            old, self._spare, self.spare_bytes = self._spare, {}, 0
+            for each in old.values():
+                for gone in each:
+                    self._give_back(gone)
         self._spare.setdefault(packed.kind, []).append(packed)
         self.spare_bytes += length
 

@@ -78,7 +78,7 @@ class NearLine(Line):
                 self._read()
         while any(self._place(flying.packed).segment > self._mapped for flying in self.flying):
             if not self._read():
-                self._sleep(patience)
+                self._sleep("took no message", patience)
 
     def _allocate(self, length: int) -> torch.Tensor:
         return self._arena.allocate(length)
@@ -108,9 +108,12 @@ class NearLine(Line):
     def _fetch(self) -> tuple[Hashable, memoryview]:
         while not self._records:
             if not self._read():
-                self._sleep()
+                self._sleep("sent no message")
         segment, offset, length = self._records[0]
-        content: Any = self._neighbour.look(Place(segment, offset), length, torch.uint8).clone().numpy()
+        try:
+            content: Any = self._neighbour.look(Place(segment, offset), length, torch.uint8).clone().numpy()
+        except (FileNotFoundError, ProcessLookupError, PermissionError):  # it has ended before its memory was mapped
+            raise self._lost() from None
         self._records.popleft()
         self._untold_bytes += length if segment <= self._seen else _TAKEN_AFTER_BYTES
         self._seen = max(self._seen, segment)
@@ -131,7 +134,7 @@ class NearLine(Line):
                 os.write(self._ends.write, _RECORD.pack(*record))
                 return
             except BlockingIOError:  # thousands of messages have not been taken
-                self._sleep(writes=True)
+                self._sleep("took no message", writes=True)
                 self._read()  # the other rank may be in the same place
             except BrokenPipeError:
                 raise self._lost() from None
@@ -151,17 +154,16 @@ class NearLine(Line):
                 self._records.append(record)
         return True
 
-    def _sleep(self, patience: timedelta | None = None, writes: bool = False) -> None:
-        """Return when there is something to read, or room to write."""
+    def _sleep(self, fault: str, patience: timedelta | None = None, writes: bool = False) -> None:
+        """Return when there is something to read, or room to write; ``fault``: what the other rank has not done."""
         patience = self._timeout if patience is None else patience
         poll = select.poll()
         poll.register(self._ends.read, select.POLLIN)
         if writes:
             poll.register(self._ends.write, select.POLLOUT)
         if not poll.poll(min(patience / timedelta(milliseconds=1), _LONGEST)):
-            what = "took no message" if writes else "sent no message"
             raise LostRankError(
-                f"Timed out: {self._name} {what} for {patience.total_seconds():g} seconds. It waits for something "
+                f"Timed out: {self._name} {fault} for {patience.total_seconds():g} seconds. It waits for something "
                 "else, or works for longer than that."
             )
 

@@ -84,7 +84,7 @@ class Arena:
     """This rank's memory that others may read.
 
     Args:
-        room: bytes of the first segment; those after it are larger.
+        room: bytes of the first segment; each one after it is as large as all before it, or larger.
 
     Raises:
         OSError: if the system has no such memory.

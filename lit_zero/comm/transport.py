@@ -1,8 +1,8 @@
 """Messages between the ranks of a pipeline: tensors of any shape, from one rank to another.
 
 Nothing need be known of a message beforehand, and shapes may change from message to message. What is received lies in
-memory of its own, never in that of the message before. Sends return at once. Receives are posted ahead, in the order in
-which the other rank sends, so that a transfer runs beside the computation.
+memory of its own, never in that of the message before. Nobody waits for what it sends to be taken, and receives are
+asked for ahead, in the order in which the other rank sends.
 
 A message is packed into one piece of memory: how long it is, a header that says what follows, and the tensors. A header
 that is as it was the last time is neither made nor read again. What carries the pieces is a line: between ranks of one
@@ -51,7 +51,7 @@ class Transport:
         pipelines: the ranks of every pipeline, the same on every rank; all ranks must construct this together.
         device: where received tensors lie.
         timeout: how long a message may take.
-        shared_memory: messages on the host go through the memory of ranks on the same machine; else by gloo to all.
+        shared_memory: on CPUs, messages to ranks of the same machine go through memory; else all go over gloo.
 
     Attributes:
         position: of this rank in its pipeline.
@@ -160,7 +160,7 @@ class Transport:
             work.wait()
 
     def flush(self) -> None:
-        """Return when everything sent has left: it arrives though this process ends."""
+        """Return when everything that was sent arrives though this process ends."""
         for line in self._lines.values():
             line.flush()
 

@@ -24,7 +24,7 @@ class CheckpointError(LitZeroError, RuntimeError):
 
 
 class LostRankError(LitZeroError, RuntimeError):
-    """Another rank has ended, or sends nothing: mostly what follows from an error of its own."""
+    """Another rank has ended, or sends or takes nothing: mostly what follows from an error of its own."""
 
 
 def did_you_mean(name: object, choices: Iterable[str]) -> str:

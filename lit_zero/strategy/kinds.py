@@ -15,15 +15,16 @@ def kind_of(error: BaseException) -> str:
 def same_kind(kind: str, error: Exception) -> bool:
     """Return whether an error of another rank is one that this rank has come to by itself.
 
-    Messages may differ in numbers, such as that of the rank. An error that lit_zero raises on purpose does not follow
-    from a lost connection, unless it says so; there the type is enough.
+    Messages may differ in numbers, such as that of the rank. That a rank is lost follows from what another one has
+    come to. Other errors that lit_zero raises on purpose do not; there the type is enough.
 
     Args:
         kind: ``kind_of`` the other rank's error.
         error: this rank's.
     """
     own = kind_of(error)
-    purpose = isinstance(error, LitZeroError) and not isinstance(error, LostRankError)
-    if purpose and kind.partition(":")[0] == own.partition(":")[0]:
+    if isinstance(error, LostRankError):
+        return False
+    if isinstance(error, LitZeroError) and kind.partition(":")[0] == own.partition(":")[0]:
         return True
     return re.sub(r"\d+", "#", kind) == re.sub(r"\d+", "#", own)

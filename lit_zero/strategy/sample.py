@@ -40,7 +40,8 @@ def sample_step(trainer: Any, prepare: Callable[[Any], Any]) -> Callable[[], Any
     states = random_states()
     try:
         loaders = getattr(trainer, loop)._data_source.dataloader()
-        in_turn = trainer.state.fn != TrainerFn.FITTING
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        in_turn = not fitting
         if isinstance(loaders, pl.utilities.CombinedLoader):
             loaders, in_turn = loaders.iterables, loaders._mode == "sequential"
         batch = _first(next(iter(tree_leaves(loaders)))) if in_turn else tree_map(_first, loaders)
@@ -53,7 +54,7 @@ def sample_step(trainer: Any, prepare: Callable[[Any], Any]) -> Callable[[], Any
     batch = trainer.precision_plugin.convert_input(batch)
     batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
     batch = prepare(strategy.batch_to_device(batch, dataloader_idx=0))
-    further = _numbers(getattr(module, name), in_turn and len(tree_leaves(loaders)) > 1)
+    further = _numbers(getattr(module, name), in_turn and not fitting and len(tree_leaves(loaders)) > 1)
     context = {"training_step": "train", "validation_step": "val", "test_step": "test", "predict_step": "predict"}[name]
 
     def call() -> Any:

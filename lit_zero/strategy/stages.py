@@ -194,11 +194,11 @@ class Stages(Dividing):
 
     def _states_from_last(self, value: Any) -> Any:
         states = self._pipeline.share(value, self._placement[-1], "states")
-        self.flush()  # they may be many, and no message comes back that would let them go
+        self.flush()  # over gloo, no message comes back that would let them go, and they may be many
         return states
 
     def flush(self) -> None:
-        """Return when all that this rank has sent to others of its pipeline has left: it may end now."""
+        """Return when all that this rank has sent to others of its pipeline arrives: it may end now."""
         if self._transport is not None:
             self._transport.flush()
 

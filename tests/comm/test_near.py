@@ -64,6 +64,20 @@ def test_a_rank_without_such_memory_is_far_for_all_and_the_others_are_near(ranks
     assert ranks(3).run(kinds, 1) == [["far", "near"], ["far", "far"], ["near", "far"]]
 
 
+def one_sided() -> list[str]:
+    """Rank 1 cannot open what rank 0 can."""
+    refused = mock.patch.object(module, "_open", side_effect=OSError)
+    with refused if dist.get_rank() == 1 else contextlib.nullcontext():
+        transport = Transport([[0, 1]], CPU, SOON)
+    assert transport.share("word", 0) == "word" and transport.share("back", 1) == "back"
+    transport.flush()
+    return [type(line).__name__ for line in transport._lines.values()]
+
+
+def test_ranks_are_near_only_if_both_can_open_the_others_memory(ranks: Any) -> None:
+    assert ranks(2).run(one_sided) == [["FarLine"]] * 2
+
+
 def files() -> None:
     """What a transport has opened is closed with it."""
     group = dist.new_group(backend="gloo")  # which has pipes of its own
@@ -193,7 +207,7 @@ def test_new_memory_is_mapped_before_this_rank_may_end(ranks: Any) -> None:
 
 def many(number: int) -> str:
     """More messages than the pipes hold: first each sends, then each takes."""
-    transport = Transport([[0, 1]], CPU, timedelta(seconds=2))
+    transport = Transport([[0, 1]], CPU, SOON)
     other = 1 - transport.position
     for key in range(number):
         transport.send(Message(key, []), other)
@@ -201,6 +215,7 @@ def many(number: int) -> str:
         transport.post(key, other)
         transport.wait(key)
     dist.barrier()
+    transport._lines[other]._timeout = timedelta(seconds=2)  # type: ignore[attr-defined]
     if transport.position == 1:
         dist.barrier()
         return ""
@@ -229,5 +244,42 @@ def test_a_refused_write_and_an_interrupted_one_do_not_free_what_nobody_has_take
         with contextlib.suppress(KeyboardInterrupt):
             line.send(Message(key, [torch.ones(3)]))
     last = line.flying[-1]
-    line.land(2)  # the other rank has taken both that were sent, or one of them and none
+    line.land(2)  # of the three the other rank has taken two: the first, and the second or the last
     assert last in line.flying
+
+
+def test_an_interrupted_landing_does_not_free_what_nobody_has_taken() -> None:
+    line = Line()
+    line._leave = mock.Mock(return_value=[])  # type: ignore[method-assign]
+    for key in range(3):
+        line.send(Message(key, [torch.ones(3)]))
+    last = line.flying[-1]
+    with mock.patch.object(line, "_keep", side_effect=KeyboardInterrupt), contextlib.suppress(KeyboardInterrupt):
+        line.land(2)
+    line.land(2)
+    assert last in line.flying
+
+
+def ends_too_soon(said: Path) -> None:
+    """Rank 1's memory has grown when it is killed: nobody can look there any more."""
+    with mock.patch.object(module, "make_arena", small):
+        transport = Transport([[0, 1]], CPU, SOON)
+    if transport.position == 1:
+        transport.send(Message("it", [torch.ones(1 << 16)]), 0)
+        os._exit(1)
+    line: Any = transport._lines[1]
+    poll = select.poll()
+    poll.register(line._ends.read, select.POLLIN)
+    while not any(event & select.POLLHUP for _, event in poll.poll()):
+        time.sleep(0.01)
+    time.sleep(0.2)  # its files are closed one after the other
+    transport.post("it", 1)
+    with pytest.raises(LostRankError, match="Connection closed: position 1"):
+        transport.wait("it")
+    said.write_text("heard")
+
+
+def test_a_rank_that_ends_without_a_flush_is_lost(ranks: Any, tmp_path: Path) -> None:
+    with pytest.raises(RankFailure, match="It died"):
+        ranks(2).run(ends_too_soon, tmp_path / "said")
+    assert (tmp_path / "said").read_text() == "heard"

@@ -70,6 +70,17 @@ def test_what_is_given_back_takes_no_memory_and_is_used_again():
     assert again.sum() == 0
 
 
+def test_what_is_given_back_serves_what_is_nearly_as_long():
+    arena = Arena()
+    page = shared._ALIGN
+    first = arena.allocate(66 * page)
+    place = arena.locate(first)
+    arena.give_back(first)
+    other = arena.allocate(48 * page)
+    assert arena.locate(other) != place, "a quarter would be left over"
+    assert arena.locate(arena.allocate(65 * page - 5)) == place
+
+
 def test_another_process_under_the_same_number_is_not_taken_for_a_neighbour():
     arena = Arena()
     with pytest.raises(OSError, match="another process|not the rank"):

@@ -226,7 +226,9 @@ def test_another_order_is_an_error(ranks: Any, near: bool) -> None:
 
 
 def nobody_sends(near: bool) -> None:
-    transport = Transport([[0, 1]], CPU, timedelta(seconds=1), near)
+    transport = Transport([[0, 1]], CPU, SOON if near else timedelta(seconds=3), near)
+    if near:
+        transport._lines[1 - dist.get_rank()]._timeout = timedelta(seconds=1)  # type: ignore[attr-defined]
     if dist.get_rank() == 1:
         transport.post("one", 0)
         transport.wait("one")

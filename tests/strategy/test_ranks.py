@@ -33,7 +33,7 @@ ALIVE = SimpleNamespace(poll=lambda: None, returncode=None)
         (ValueError("rank 0 of 2 finds a mistake"), ValueError("rank 1 of 2 finds a mistake"), False),
         (RuntimeError("Connection closed by peer [127.0.0.1]:9000"), RuntimeError("shapes 3 and 4 differ"), True),
         (RuntimeError("Connection closed by peer"), ValueError("a mistake"), True),
-        (LostRankError("Connection closed: rank 1"), LostRankError("Connection closed: rank 2"), False),
+        (LostRankError("Connection closed: rank 1"), LostRankError("Connection closed: rank 2"), True),
         (LostRankError("Connection closed: rank 1"), LitZeroError("The loss is nan on rank 1"), True),
         (LitZeroError("Rank 0 is left alone."), ValueError("a mistake"), True),
     ],
