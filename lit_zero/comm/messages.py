@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 
-START = struct.Struct(
-    "<qqq"
-)  # of a message: its length, that of its header, in bytes, and how many have come from there
+# Of a message: its length, that of its header, in bytes, and how many messages its sender has received.
+START = struct.Struct("<qqq")
 _ALIGN_BYTES = 64
 
 

@@ -67,9 +67,7 @@ class NearLine(Line):
         os.set_blocking(ends.write, False)
         self._told = 0  # messages that have come, as the other rank knows
         self._untold_bytes = 0  # of those that have come since
-        self._flying_bytes = 0
         self._mapped = 0  # this rank's last segment that the other one has mapped
-        self._seen = 0  # the other rank's last segment that this one has mapped
         weakref.finalize(self, _close, ends)
 
     def flush(self, patience: timedelta | None = None) -> None:
@@ -87,9 +85,12 @@ class NearLine(Line):
         self._arena.give_back(packed.memory)
 
     def _keep(self, packed: Packed) -> None:
-        self._flying_bytes -= packed.memory.numel()
         self._mapped = max(self._mapped, self._place(packed).segment)
         super()._keep(packed)
+
+    @property
+    def _flying_bytes(self) -> int:
+        return sum(flying.packed.memory.numel() for flying in self.flying)
 
     def _place(self, packed: Packed) -> Place:
         place = self._arena.locate(packed.memory)
@@ -97,7 +98,6 @@ class NearLine(Line):
         return place
 
     def _leave(self, header: Header, packed: Packed) -> list[dist.Work | None]:
-        self._flying_bytes += packed.memory.numel()
         if len(self.flying) > _TAKEN_AFTER or self._flying_bytes >= _TAKEN_AFTER_BYTES:
             self._read()
         place = self._place(packed)
@@ -110,13 +110,13 @@ class NearLine(Line):
             if not self._read():
                 self._sleep("sent no message")
         segment, offset, length = self._records[0]
+        new = segment >= self._neighbour.segments
         try:
             content: Any = self._neighbour.look(Place(segment, offset), length, torch.uint8).clone().numpy()
         except (FileNotFoundError, ProcessLookupError, PermissionError):  # it has ended before its memory was mapped
             raise self._lost() from None
         self._records.popleft()
-        self._untold_bytes += length if segment <= self._seen else _TAKEN_AFTER_BYTES
-        self._seen = max(self._seen, segment)
+        self._untold_bytes += _TAKEN_AFTER_BYTES if new else length
         return self.wanted.popleft(), memoryview(content)
 
     def _has_come(self, header: Header) -> None:

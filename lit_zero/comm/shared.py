@@ -174,6 +174,11 @@ class Neighbour:
         if _HEADER.unpack_from(self._header, 0)[0] != address.nonce:
             raise OSError("the process found is not the rank that was looked for")
 
+    @property
+    def segments(self) -> int:
+        """How many of the arena's segments are mapped here."""
+        return len(self._segments)
+
     def look(self, place: Place, numel: int, dtype: torch.dtype) -> torch.Tensor:
         """Return what lies at ``place``, shape ``[numel]``, without copying. It must not be written to."""
         while len(self._segments) <= place.segment:
@@ -206,7 +211,7 @@ def make_arena() -> Arena | None:
         return None
     try:
         arena = Arena()
-        arena.give_back(arena.allocate(1))
+        arena.give_back(arena.allocate(1))  # a limit may forbid the first segment, and a system to give back
         return arena
     except OSError:
         return None

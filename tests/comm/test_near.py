@@ -237,7 +237,7 @@ def test_ranks_that_send_more_than_the_pipes_hold_do_not_block_each_other_for_ev
     )
 
 
-def test_a_refused_write_and_an_interrupted_one_do_not_free_what_nobody_has_taken() -> None:
+def test_an_interrupted_send_does_not_free_what_nobody_has_taken() -> None:
     line = Line()
     line._leave = mock.Mock(side_effect=[[], KeyboardInterrupt, []])  # type: ignore[method-assign]
     for key in range(3):
