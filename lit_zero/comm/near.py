@@ -133,9 +133,9 @@ class NearLine(Line):
             try:
                 os.write(self._ends.write, _RECORD.pack(*record))
                 return
-            except BlockingIOError:  # thousands of messages have not been taken
+            except BlockingIOError:
+                # Thousands of messages are not taken. Two ranks do not wait here for each other: both have read first.
                 self._sleep("took no message", writes=True)
-                self._read()  # the other rank may be in the same place
             except BrokenPipeError:
                 raise self._lost() from None
 
@@ -155,12 +155,16 @@ class NearLine(Line):
         return True
 
     def _sleep(self, fault: str, patience: timedelta | None = None, writes: bool = False) -> None:
-        """Return when there is something to read, or room to write; ``fault``: what the other rank has not done."""
+        """Return when there is something to read, or room to write.
+
+        Args:
+            fault: what the other rank has not done if that does not come.
+            patience: how long to wait, by default the timeout.
+            writes: wait for room to write.
+        """
         patience = self._timeout if patience is None else patience
         poll = select.poll()
-        poll.register(self._ends.read, select.POLLIN)
-        if writes:
-            poll.register(self._ends.write, select.POLLOUT)
+        poll.register(*((self._ends.write, select.POLLOUT) if writes else (self._ends.read, select.POLLIN)))
         if not poll.poll(min(patience / timedelta(milliseconds=1), _LONGEST)):
             raise LostRankError(
                 f"Timed out: {self._name} {fault} for {patience.total_seconds():g} seconds. It waits for something "
